@@ -1,0 +1,11 @@
+// The kernels of one instruction set. CMake compiles this file once a set, each time with that set's flags and
+// LRPFAST_VARIANT naming the table.
+
+#include "channel_sum_cpu.h"
+#include "ratio_cpu.h"
+
+namespace lrpfast {
+
+const Kernels LRPFAST_VARIANT = {ratio, channel_sum};
+
+}  // namespace lrpfast

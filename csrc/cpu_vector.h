@@ -1,0 +1,55 @@
+// Blocks of elements in float32, whatever they are in memory.
+//
+// Kernels work on blocks that fit the first-level cache. A float32 operand is used where it lies; a bfloat16 one is
+// widened into a buffer first. So a kernel is one plain float loop, not one loop a combination of dtypes, and the price,
+// traffic within the first-level cache, hides behind the memory traffic.
+//
+// Everything here has internal linkage: this header is compiled for several instruction sets in one library, and the
+// linker must not pick one set's copy of an inline function for all.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "ops.h"
+
+// Asserts that iterations are independent; result and operand may still be the very same memory.
+#define LRPFAST_SIMD _Pragma("omp simd")
+
+namespace lrpfast {
+namespace {
+
+constexpr std::int64_t kBlock = 512;
+
+inline float widen(std::uint16_t bits) {
+  const std::uint32_t wide = static_cast<std::uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+// To the nearest bfloat16, ties to even. A NaN stays one: it is cut, and made quiet so that no payload is cut to infinity.
+inline std::uint16_t narrow(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const std::uint32_t nan = (bits >> 16) | 0x40u;
+  return static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+}
+
+inline const float* load(const Operand& operand, std::int64_t offset, std::int64_t count, float* buffer) {
+  if (operand.dtype == DType::kFloat32) {
+    return static_cast<const float*>(operand.data) + offset;
+  }
+  const std::uint16_t* source = static_cast<const std::uint16_t*>(operand.data) + offset;
+  LRPFAST_SIMD
+  for (std::int64_t i = 0; i < count; ++i) {
+    buffer[i] = widen(source[i]);
+  }
+  return buffer;
+}
+
+inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+}  // namespace
+}  // namespace lrpfast

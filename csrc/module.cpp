@@ -1,0 +1,132 @@
+// lrpfast._C: the one module that exposes the kernels. Pointers arrive as integers; lrpfast/ops/native.py has checked what
+// they point to. The interpreter is let go while a kernel runs.
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "cpu_capability.h"
+#include "ops.h"
+#include "parallel.h"
+#if LRPFAST_CUDA_BUILT
+#include "ratio_cuda.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using lrpfast::ChannelSumArguments;
+using lrpfast::DType;
+using lrpfast::Operand;
+using lrpfast::RatioArguments;
+
+// Below this many elements read a thread, waking another costs more than it saves.
+constexpr std::int64_t kGrain = 16384;
+
+template <typename Function>
+Function as_function(std::uintptr_t address) {
+  return reinterpret_cast<Function>(address);
+}
+
+Operand operand(std::uintptr_t data, int dtype, bool broadcast) {
+  return {reinterpret_cast<const void*>(data), static_cast<DType>(dtype), broadcast};
+}
+
+RatioArguments ratio_arguments(std::uintptr_t carrier, int carrier_dtype, bool carrier_broadcast,
+                               std::uintptr_t message_a, std::uintptr_t message_b, int message_dtype,
+                               std::uintptr_t denominator, int denominator_dtype, bool denominator_broadcast,
+                               std::uintptr_t result, std::int64_t row_size, double eps) {
+  return {operand(carrier, carrier_dtype, carrier_broadcast),
+          operand(message_a, message_dtype, false),
+          operand(message_b, message_dtype, false),
+          operand(denominator, denominator_dtype, denominator_broadcast),
+          reinterpret_cast<void*>(result),
+          static_cast<DType>(message_dtype),
+          row_size,
+          static_cast<float>(eps)};
+}
+
+void ratio(std::uintptr_t carrier, int carrier_dtype, bool carrier_broadcast, std::uintptr_t message_a,
+           std::uintptr_t message_b, int message_dtype, std::uintptr_t denominator, int denominator_dtype,
+           bool denominator_broadcast, std::uintptr_t result, std::int64_t rows, std::int64_t row_size, double eps,
+           int threads) {
+  const RatioArguments arguments =
+      ratio_arguments(carrier, carrier_dtype, carrier_broadcast, message_a, message_b, message_dtype, denominator,
+                      denominator_dtype, denominator_broadcast, result, row_size, eps);
+  lrpfast::parallel_for(
+      rows * row_size, kGrain, threads,
+      [](const void* context, std::int64_t begin, std::int64_t end) {
+        lrpfast::kernels().ratio(*static_cast<const RatioArguments*>(context), begin, end);
+      },
+      &arguments);
+}
+
+#if LRPFAST_CUDA_BUILT
+// The same, device pointers and a cudaStream_t in place of host pointers and threads. None, or what went wrong.
+const char* cuda_ratio(std::uintptr_t carrier, int carrier_dtype, bool carrier_broadcast, std::uintptr_t message_a,
+                       std::uintptr_t message_b, int message_dtype, std::uintptr_t denominator, int denominator_dtype,
+                       bool denominator_broadcast, std::uintptr_t result, std::int64_t rows, std::int64_t row_size,
+                       double eps, std::uintptr_t stream) {
+  const RatioArguments arguments =
+      ratio_arguments(carrier, carrier_dtype, carrier_broadcast, message_a, message_b, message_dtype, denominator,
+                      denominator_dtype, denominator_broadcast, result, row_size, eps);
+  return lrpfast::launch_ratio(arguments, rows * row_size, reinterpret_cast<void*>(stream));
+}
+#endif
+
+void channel_sum(std::uintptr_t carrier, int carrier_dtype, bool carrier_broadcast, std::uintptr_t message,
+                 int message_dtype, std::uintptr_t result, std::int64_t rows, std::int64_t channels,
+                 std::int64_t groups, std::int64_t positions, bool channels_last, int threads) {
+  const ChannelSumArguments arguments = {operand(carrier, carrier_dtype, carrier_broadcast),
+                                         operand(message, message_dtype, false),
+                                         reinterpret_cast<void*>(result),
+                                         channels,
+                                         groups,
+                                         positions,
+                                         channels_last};
+  const std::int64_t width = channels / groups;
+  const std::int64_t grain = kGrain / (width < kGrain ? width : kGrain);
+  lrpfast::parallel_for(
+      rows * groups * positions, grain, threads,
+      [](const void* context, std::int64_t begin, std::int64_t end) {
+        lrpfast::kernels().channel_sum(*static_cast<const ChannelSumArguments*>(context), begin, end);
+      },
+      &arguments);
+}
+
+py::dict build_info() {
+  py::dict info;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["version"] = LRPFAST_VERSION;
+  info["cuda"] = LRPFAST_CUDA_STATUS;
+  info["cuda_built"] = static_cast<bool>(LRPFAST_CUDA_BUILT);
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of lrpfast. Takes raw pointers: call it through lrpfast.ops.";
+  m.def("ratio", &ratio, py::call_guard<py::gil_scoped_release>());
+  m.def("channel_sum", &channel_sum, py::call_guard<py::gil_scoped_release>());
+#if LRPFAST_CUDA_BUILT
+  m.def("cuda_ratio", &cuda_ratio, py::call_guard<py::gil_scoped_release>());
+#endif
+  m.def("build_info", &build_info, "Compiler, version, and whether CUDA was built in, or why not.");
+  m.def("cpu_capability", &lrpfast::cpu_capability, "The instruction set in use: default, avx2 or avx512.");
+  m.def("limit_cpu_capability", &lrpfast::limit_cpu_capability, py::arg("limit").none(true),
+        "Use no instruction set above this one. False if there is none of that name.");
+  m.def(
+      "bind_openmp",
+      [](std::uintptr_t parallel, std::uintptr_t thread_num, std::uintptr_t num_threads) {
+        lrpfast::bind_openmp({as_function<void (*)(void (*)(void*), void*, unsigned, unsigned)>(parallel),
+                              as_function<int (*)()>(thread_num), as_function<int (*)()>(num_threads)});
+      },
+      "Hand in the addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads of torch's OpenMP runtime.");
+  m.def("openmp_bound", &lrpfast::openmp_bound);
+}

@@ -1,0 +1,51 @@
+// What the kernels and the module that exposes them agree on.
+//
+// The extension takes raw pointers and sizes. It links no libtorch and no OpenMP, allocates nothing and throws nothing:
+// whoever calls (lrpfast/ops/native.py) has checked the operands and allocated the result.
+#pragma once
+
+#include <cstdint>
+
+namespace lrpfast {
+
+// The dtypes that the kernels read and write. Computation is in float32 (sums in float64).
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1 };
+
+// An operand that is read.
+struct Operand {
+  const void* data;  // null: absent, counts as ones
+  DType dtype;
+  bool broadcast;  // one row serves every row of the result
+};
+
+// result = carrier * (message_a + message_b) / S(denominator), see RULES.md §1 for S; message_b.data may be null.
+// All operands share one dense layout, so that the elements of a row (an index of dimension 0) are just numbered.
+struct RatioArguments {
+  Operand carrier, message_a, message_b, denominator;
+  void* result;
+  DType result_dtype;
+  std::int64_t row_size;  // elements an index of dimension 0
+  float eps;
+};
+
+// result[row, group, p] = sum over the group's channels of carrier * message.
+struct ChannelSumArguments {
+  Operand carrier, message;
+  void* result;  // contiguous, of the message's dtype
+  std::int64_t channels, groups, positions;
+  bool channels_last;  // a row is [positions, channels]; else [channels, positions]
+};
+
+// One set of kernels an instruction set. Each computes the flat range [begin, end) of the result.
+struct Kernels {
+  void (*ratio)(const RatioArguments&, std::int64_t begin, std::int64_t end);
+  void (*channel_sum)(const ChannelSumArguments&, std::int64_t begin, std::int64_t end);
+};
+
+extern const Kernels kernels_default;
+#if defined(LRPFAST_X86_VARIANTS)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+}  // namespace lrpfast

@@ -1,0 +1,64 @@
+"""The compiled kernels (csrc/module.cpp). Addresses are integers; dtype codes are those of csrc/ops.h."""
+
+from typing import TypedDict
+
+class BuildInfo(TypedDict):
+    compiler: str
+    version: str
+    cuda: str
+    cuda_built: bool
+
+def ratio(
+    carrier: int,
+    carrier_dtype: int,
+    carrier_broadcast: bool,
+    message_a: int,
+    message_b: int,
+    message_dtype: int,
+    denominator: int,
+    denominator_dtype: int,
+    denominator_broadcast: bool,
+    result: int,
+    rows: int,
+    row_size: int,
+    eps: float,
+    threads: int,
+    /,
+) -> None: ...
+def cuda_ratio(
+    carrier: int,
+    carrier_dtype: int,
+    carrier_broadcast: bool,
+    message_a: int,
+    message_b: int,
+    message_dtype: int,
+    denominator: int,
+    denominator_dtype: int,
+    denominator_broadcast: bool,
+    result: int,
+    rows: int,
+    row_size: int,
+    eps: float,
+    stream: int,
+    /,
+) -> str | None: ...
+def channel_sum(
+    carrier: int,
+    carrier_dtype: int,
+    carrier_broadcast: bool,
+    message: int,
+    message_dtype: int,
+    result: int,
+    rows: int,
+    channels: int,
+    groups: int,
+    positions: int,
+    channels_last: bool,
+    threads: int,
+    /,
+) -> None: ...
+def build_info() -> BuildInfo: ...
+def cpu_capability() -> str: ...
+def limit_cpu_capability(limit: str | None) -> bool: ...
+def bind_openmp(parallel: int, thread_num: int, num_threads: int, /) -> None: ...
+def openmp_bound() -> bool: ...

@@ -1,0 +1,454 @@
+"""Canonicalise: rewrite a captured graph so that every later pass meets few forms.
+
+Each handler below takes one ATen operation and emits the canonical one. After this pass
+
+- every convolution is ``aten.convolution`` (padding and all else as lists), every dense layer with constant weights is
+  ``aten.linear``;
+- batch norm is folded into the layer before it, or is one ``aten.batch_norm`` node;
+- dropout, clone, contiguous and other identities are gone; ``view`` is ``reshape``;
+- results of multi-output operations are slices, and max pooling returns its indices;
+- values that no output needs are gone.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from lrpfast.errors import CaptureError
+from lrpfast.graph import (
+    Builder,
+    Program,
+    argument,
+    as_list,
+    describe,
+    is_tensor,
+    normalise_dim,
+    operation_name,
+    rank,
+    value,
+)
+
+aten = torch.ops.aten
+
+Handler = Callable[[Builder, fx.Node, tuple, dict], Any]
+_HANDLERS: dict[str, Handler] = {}
+
+_IDENTITIES = {
+    "clone", "contiguous", "detach", "alias", "lift_fresh_copy", "lift_fresh", "lift", "dropout", "native_dropout",
+    "feature_dropout", "alpha_dropout", "view_as", "positive", "identity", "_assert_tensor_metadata",
+}  # fmt: skip
+
+
+def canonicalise(program: Program, dtype: torch.dtype | None = None) -> Program:
+    """Rewrite a captured program into canonical form.
+
+    Parameters
+    ----------
+    program
+        As `lrpfast.capture.capture` returns it; not changed.
+    dtype
+        Where given, floating-point constants and inputs are of this dtype in the result.
+
+    Raises
+    ------
+    CaptureError
+        Batch norm with the statistics of the batch.
+    """
+    builder = Builder(program.fake_mode)
+    env: dict[fx.Node, Any] = {}
+    for node in program.graph.nodes:
+        builder.path = node.meta.get("path", "")
+        if node.op == "placeholder":
+            env[node] = builder.placeholder(node.name, _cast_fake(program, value(node), dtype))
+        elif node.op == "get_attr":
+            env[node] = builder.constant(_cast(program.constants[node.target], dtype), node.target)
+        elif node.op == "output":
+            builder.graph.output(env[node.args[0]])
+        else:
+            env[node] = _emit(builder, node, env, dtype)
+    result = Program(builder.graph, builder.constants, program.fake_mode)
+    result.graph.eliminate_dead_code()
+    _drop_unused_constants(result)
+    return result
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def _cast_fake(program: Program, fake: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    with program.fake_mode:
+        return _cast(fake, dtype)
+
+
+def _drop_unused_constants(program: Program) -> None:
+    used = {n.target for n in program.graph.nodes if n.op == "get_attr"}
+    for name in set(program.constants) - used:
+        del program.constants[name]
+
+
+def _emit(builder: Builder, node: fx.Node, env: dict[fx.Node, Any], dtype: torch.dtype | None) -> Any:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
+    name = operation_name(node)
+    if node.target is operator.getitem:
+        return args[0][args[1]] if isinstance(args[0], _Parts) else builder.call(node.target, *args)
+    if dtype is not None and isinstance(kwargs.get("dtype"), torch.dtype) and kwargs["dtype"].is_floating_point:
+        kwargs = {**kwargs, "dtype": dtype}
+    if name in _IDENTITIES:
+        if name in ("alpha_dropout", "feature_dropout") and args[2]:
+            raise CaptureError(f"{describe(node)} is random: call model.eval() first")
+        return _Parts([args[0], None]) if name == "native_dropout" else args[0]
+    handler = _HANDLERS.get(name)
+    return handler(builder, node, args, kwargs) if handler else builder.call(node.target, *args, **kwargs)
+
+
+class _Parts(list):
+    """The results of an operation that returns several tensors, by number."""
+
+
+def _handles(*names: str) -> Callable[[Handler], Handler]:
+    def register(handler: Handler) -> Handler:
+        _HANDLERS.update(dict.fromkeys(names, handler))
+        return handler
+
+    return register
+
+
+# --- layers with parameters -------------------------------------------------------------------------------------------
+
+
+@_handles("conv1d", "conv2d", "conv3d")
+def _conv(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    x, weight, bias, stride, padding, dilation, groups = _fill(args, kwargs, [None, None, None, 1, 0, 1, 1], _CONV_NAMES)
+    dims = rank(weight) - 2
+    stride, dilation = as_list(stride, dims), as_list(dilation, dims)
+    if isinstance(padding, str):
+        kernel = value(weight).shape[2:]
+        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        if any(t % 2 for t in total):
+            flat = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
+            x = builder.call(aten.constant_pad_nd.default, x, flat, 0.0)
+            x.meta["layer_padding"] = True
+            total = [0] * dims
+        padding = [t // 2 for t in total]
+    return _convolution(builder, x, weight, bias, stride, as_list(padding, dims), dilation, False, [0] * dims, groups)
+
+
+_CONV_NAMES = ["input", "weight", "bias", "stride", "padding", "dilation", "groups"]
+
+
+@_handles("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def _conv_transpose(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    names = ["input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"]
+    defaults = [None, None, None, 1, 0, 0, 1, 1]
+    x, weight, bias, stride, padding, output_padding, groups, dilation = _fill(args, kwargs, defaults, names)
+    dims = rank(weight) - 2
+    lists = (as_list(v, dims) for v in (stride, padding, dilation))
+    return _convolution(builder, x, weight, bias, *lists, True, as_list(output_padding, dims), groups)
+
+
+@_handles("convolution")
+def _plain_convolution(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args
+    dims = rank(weight) - 2
+    lists = (as_list(v, dims) for v in (stride, padding, dilation))
+    return _convolution(builder, x, weight, bias, *lists, transposed, as_list(output_padding, dims), groups)
+
+
+def _convolution(builder: Builder, x: fx.Node, weight: fx.Node, *rest: Any) -> fx.Node:
+    """A convolution on a batch; torch takes a sample without one too, which has no place here."""
+    if rank(x) != rank(weight):
+        raise CaptureError(
+            f"a convolution in the module {builder.path!r} runs on a value of rank {rank(x)}: give inputs with the batch "
+            "as their first dimension"
+        )
+    return builder.call(aten.convolution.default, x, weight, *rest)
+
+
+def _fill(args: tuple, kwargs: dict, defaults: list, names: list[str]) -> list:
+    filled = list(args) + defaults[len(args) :]
+    for key, given in kwargs.items():
+        filled[names.index(key)] = given
+    return filled
+
+
+@_handles("addmm")
+def _addmm(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    bias, x, matrix = args
+    scaled = any(kwargs.get(k, 1) != 1 for k in ("alpha", "beta"))
+    if scaled or not (_is_constant(matrix) and _is_constant(bias)) or rank(bias) != 1:
+        return builder.call(node.target, *args, **kwargs)
+    return builder.call(aten.linear.default, x, _transposed(builder, matrix), bias)
+
+
+@_handles("mm", "matmul")
+def _matmul(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    x, matrix = args
+    if _is_constant(matrix) and not _is_constant(x) and rank(matrix) == 2:
+        return builder.call(aten.linear.default, x, _transposed(builder, matrix), None)
+    if _is_constant(x) and rank(x) == 2 and rank(matrix) == 2:
+        swapped = builder.call(aten.permute.default, matrix, [1, 0])
+        return builder.call(aten.permute.default, builder.call(aten.linear.default, swapped, x, None), [1, 0])
+    return builder.call(node.target, *args, **kwargs)
+
+
+@_handles("linear")
+def _linear(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    x, weight, bias = _fill(args, kwargs, [None, None, None], ["input", "weight", "bias"])
+    return builder.call(aten.linear.default, x, weight, bias)
+
+
+def _is_constant(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "get_attr"
+
+
+def _transposed(builder: Builder, matrix: fx.Node) -> fx.Node:
+    source = builder.tensor(matrix)
+    return builder.derived(("t", matrix.target), lambda: source.t().contiguous(), f"{matrix.target}_t")
+
+
+# --- batch norm -------------------------------------------------------------------------------------------------------
+
+
+@_handles("_native_batch_norm_legit_no_training", "batch_norm", "native_batch_norm", "_native_batch_norm_legit")
+def _batch_norm(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    name = operation_name(node)
+    x, weight, bias, mean, var = args[:5]
+    training = name != "_native_batch_norm_legit_no_training" and args[5]
+    if training or mean is None or var is None:
+        raise CaptureError(
+            f"{describe(node)} normalises with the statistics of the batch (track_running_stats=False, or training mode): a "
+            "sample's map would depend on its neighbours"
+        )
+    eps = args[-2] if name == "batch_norm" else args[-1]
+    statistics = [None if n is None else builder.tensor(n) for n in (weight, bias, mean, var)]
+    folded = _fold(builder, node, x, statistics, eps)
+    result = folded or builder.call(aten.batch_norm.default, x, weight, bias, mean, var, False, 0.0, eps, False)
+    return result if name == "batch_norm" else _Parts([result, None, None])
+
+
+def _fold(builder: Builder, node: fx.Node, layer: fx.Node, statistics: list, eps: float) -> fx.Node | None:
+    """Fold a batch norm into the layer before it, RULES §3; None where the layer's output is used elsewhere."""
+    source = node.args[0]
+    convolution = layer.target is aten.convolution.default
+    if not (convolution or (layer.target is aten.linear.default and rank(layer) == 2)):
+        return None
+    if len(source.users) != 1 or not _is_constant(layer.args[1]) or "folded" in source.meta:
+        return None
+    weight, bias = builder.tensor(layer.args[1]), layer.args[2]
+    scale, shift = batch_norm_affine(*statistics, eps)
+    old = torch.zeros_like(shift) if bias is None else builder.tensor(bias).double()
+    transposed = convolution and layer.args[6]
+    with torch.no_grad():
+        new_weight = _scale_outputs(weight.double(), scale, transposed, layer.args[8] if convolution else 1)
+        new_bias = old * scale + shift
+    path, builder.path = builder.path, layer.meta["path"]
+    nodes = [
+        builder.constant(new_weight.to(weight.dtype), f"{layer.args[1].target}_folded"),
+        builder.constant(new_bias.to(weight.dtype), f"{layer.args[1].target}_folded_bias"),
+    ]
+    folded = builder.call(layer.target, layer.args[0], *nodes, *layer.args[3:])
+    builder.path = path
+    folded.meta["aliases"] = (*layer.meta.get("aliases", ()), path)
+    return folded
+
+
+def batch_norm_affine(
+    weight: torch.Tensor | None, bias: torch.Tensor | None, mean: torch.Tensor, var: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Batch norm as ``y = scale * x + shift`` a channel, in float64."""
+    with torch.no_grad():
+        scale = (var.double() + eps).rsqrt()
+        if weight is not None:
+            scale = scale * weight.double()
+        shift = -mean.double() * scale
+        if bias is not None:
+            shift = shift + bias.double()
+    return scale, shift
+
+
+def _scale_outputs(weight: torch.Tensor, scale: torch.Tensor, transposed: bool, groups: int) -> torch.Tensor:
+    """Multiply the rows of a weight that make one output channel; a transposed convolution has them in dim 1, by group."""
+    if not transposed:
+        return weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
+    by_group = weight.reshape(groups, -1, *weight.shape[1:])
+    scaled = by_group * scale.reshape(groups, 1, -1, *[1] * (weight.dim() - 2))
+    return scaled.reshape(weight.shape)
+
+
+# --- pooling ----------------------------------------------------------------------------------------------------------
+
+
+@_handles("max_pool1d", "max_pool2d", "max_pool3d")
+def _max_pool(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    dims = int(operation_name(node)[-2])
+    names = ["input", "kernel_size", "stride", "padding", "dilation", "ceil_mode"]
+    x, kernel, stride, padding, dilation, ceil = _fill(args, kwargs, [None, None, [], 0, 1, False], names)
+    kernel = as_list(kernel, dims)
+    stride = as_list(stride, dims) if stride not in (None, [], ()) else kernel
+    padding, dilation = as_list(padding, dims), as_list(dilation, dims)
+    flat = dims == 1  # pooled as one row of an image: torch has no max_pool1d with indices and a way back
+    if flat:
+        x = builder.call(aten.unsqueeze.default, x, -2)
+        kernel, stride, padding, dilation = [1, *kernel], [1, *stride], [0, *padding], [1, *dilation]
+    target = aten.max_pool3d_with_indices.default if dims == 3 else aten.max_pool2d_with_indices.default
+    pooled = builder.call(operator.getitem, builder.call(target, x, kernel, stride, padding, dilation, ceil), 0)
+    return builder.call(aten.squeeze.dim, pooled, -2) if flat else pooled
+
+
+@_handles("adaptive_max_pool1d")
+def _adaptive_max_pool1d(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> _Parts:
+    x = builder.call(aten.unsqueeze.default, args[0], -2)
+    pooled = builder.call(aten.adaptive_max_pool2d.default, x, [1, *as_list(args[1], 1)])
+    first = builder.call(operator.getitem, pooled, 0)
+    return _Parts([builder.call(aten.squeeze.dim, first, -2), None])
+
+
+@_handles("max_pool2d_with_indices", "max_pool3d_with_indices")
+def _max_pool_with_indices(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> _Parts:
+    return _Parts([_max_pool_named(builder, node, args, kwargs), None])
+
+
+def _max_pool_named(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    dims = 3 if "3d" in operation_name(node) else 2
+    names = ["self", "kernel_size", "stride", "padding", "dilation", "ceil_mode"]
+    x, kernel, stride, padding, dilation, ceil = _fill(args, kwargs, [None, None, [], 0, 1, False], names)
+    kernel = as_list(kernel, dims)
+    stride = as_list(stride, dims) if stride not in (None, [], ()) else kernel
+    call = builder.call(node.target, x, kernel, stride, as_list(padding, dims), as_list(dilation, dims), ceil)
+    return builder.call(operator.getitem, call, 0)
+
+
+@_handles("avg_pool1d")
+def _avg_pool1d(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    """As one row of an image: average pooling then has one form for its way back."""
+    x, kernel, stride, padding, ceil, include = _fill(args, kwargs, [None, None, [], 0, False, True], _AVG_NAMES)
+    kernel = as_list(kernel, 1)
+    stride = as_list(stride, 1) if stride not in (None, [], ()) else kernel
+    row = builder.call(aten.unsqueeze.default, x, -2)
+    pooled = builder.call(
+        aten.avg_pool2d.default, row, [1, *kernel], [1, *stride], [0, *as_list(padding, 1)], ceil, include
+    )
+    return builder.call(aten.squeeze.dim, pooled, -2)
+
+
+_AVG_NAMES = ["input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad"]
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+
+@_handles("view", "_unsafe_view", "reshape", "_reshape_copy", "view_copy")
+def _view(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    if isinstance(args[1], torch.dtype):
+        return builder.call(node.target, *args, **kwargs)
+    return builder.call(aten.reshape.default, args[0], args[1])
+
+
+@_handles("flatten", "unflatten")
+def _reshaping(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    target = builder.call(node.target, *args, **kwargs)
+    return builder.call(aten.reshape.default, args[0], [builder.size(target, d) for d in range(rank(target))])
+
+
+@_handles("transpose", "t", "swapaxes", "movedim", "mT", "numpy_T", "adjoint")
+def _transpose(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    dims = rank(args[0])
+    order = list(range(dims))
+    if operation_name(node) in ("transpose", "swapaxes"):
+        a, b = (normalise_dim(d, dims) for d in args[1:3])
+        order[a], order[b] = order[b], order[a]
+    elif operation_name(node) == "t":
+        order.reverse()
+    else:
+        return builder.call(node.target, *args, **kwargs)
+    return builder.call(aten.permute.default, args[0], order)
+
+
+@_handles("split", "split_with_sizes", "chunk", "unbind", "tensor_split")
+def _split(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    x = args[0]
+    name = operation_name(node)
+    names = ["self", "dim"] if name == "unbind" else ["self", "sizes", "dim"]
+    filled = _fill(args, kwargs, [None, 0] if name == "unbind" else [None, None, 0], names)
+    dim = normalise_dim(filled[-1], rank(x))
+    shapes = [part.shape for part in node.meta["val"]]
+    if name == "unbind":
+        return _Parts(builder.call(aten.select.int, x, dim, i) for i in range(len(shapes)))
+    parts, start = _Parts(), 0
+    for shape in shapes:
+        parts.append(builder.call(aten.slice.Tensor, x, dim, start, start + shape[dim]))
+        start += shape[dim]
+    return parts
+
+
+@_handles("stack")
+def _stack(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    dim = normalise_dim(args[1] if len(args) > 1 else kwargs.get("dim", 0), rank(node))
+    parts = [builder.call(aten.unsqueeze.default, x, dim) for x in args[0]]
+    return builder.call(aten.cat.default, parts, dim)
+
+
+@_handles("pad")
+def _pad(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    x, amounts = args[0], list(args[1])
+    mode = argument(node, 2, "mode", "constant")
+    fill = argument(node, 3, "value", None)
+    if mode == "constant":
+        return builder.call(aten.constant_pad_nd.default, x, amounts, float(fill or 0.0))
+    dims = len(amounts) // 2
+    if mode == "circular":
+        return _gather_pad(builder, x, amounts, mode)
+    target = getattr(aten, f"{'reflection' if mode == 'reflect' else 'replication'}_pad{dims}d").default
+    padded = builder.call(target, x, amounts)
+    padded.meta["layer_padding"] = True
+    return padded
+
+
+def _gather_pad(builder: Builder, x: fx.Node, amounts: list[int], mode: str) -> fx.Node:
+    """Circular padding as a selection along each dimension."""
+    for pair in range(len(amounts) // 2):
+        dim = rank(x) - 1 - pair
+        size = value(x).shape[dim]
+        left, right = amounts[2 * pair : 2 * pair + 2]
+        index = F.pad(torch.arange(size, dtype=torch.float64)[None, None], (left, right), mode=mode)[0, 0].long()
+        node = builder.derived(("pad", mode, size, left, right), lambda index=index: index, "padding_index")
+        x = builder.call(aten.index_select.default, x, dim, node)
+        x.meta["layer_padding"] = True
+    return x
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+
+@_handles("clamp_min", "clamp", "threshold", "hardtanh", "relu6", "maximum")
+def _clamps(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    """The several ways to write a ReLU become ``relu``; ``relu6`` becomes ``hardtanh(0, 6)``."""
+    name = operation_name(node)
+    bounds = [argument(node, 1, "min"), argument(node, 2, "max")]
+    numbers = [b for b in bounds if not isinstance(b, fx.Node)]
+    if name == "relu6":
+        return builder.call(aten.hardtanh.default, args[0], 0.0, 6.0)
+    if name == "clamp" and len(numbers) == 2 and bounds[0] == 0 and bounds[1] is not None:
+        return builder.call(aten.hardtanh.default, args[0], 0.0, float(bounds[1]))
+    is_relu = {
+        "clamp_min": len(numbers) == 2 and bounds[0] == 0,
+        "clamp": len(numbers) == 2 and bounds[0] == 0 and bounds[1] is None,
+        "threshold": len(args) == 3 and args[1] == 0 and args[2] == 0,
+    }.get(name, False)
+    if is_relu:
+        return builder.call(aten.relu.default, args[0])
+    return builder.call(node.target, *args, **kwargs)
+
+
+@_handles("to", "_to_copy", "to_copy", "type_as")
+def _to(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """A cast between floating-point types is left out: the program has one precision."""
+    both_float = is_tensor(args[0]) and value(args[0]).is_floating_point() and node.meta["val"].is_floating_point()
+    return args[0] if both_float else builder.call(node.target, *args, **kwargs)

@@ -1,0 +1,251 @@
+"""Capture: a torch model becomes one functional graph.
+
+`torch.export` traces the model with a symbolic batch size; ``run_decompositions({})`` makes the graph functional while it
+keeps the operations that people think in (conv2d, relu, max_pool2d). What comes out has no modules, so shared
+modules, functional and in-place calls and several outputs need no care anywhere behind this file.
+
+The model is only read: parameters enter the program as they are, detached and sharing memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from lrpfast.errors import CaptureError, InputError
+from lrpfast.graph import Builder, Program
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass
+class Captured:
+    """A captured model: the program of one output, and how the model packs this output."""
+
+    program: Program
+    pack: Callable[[torch.Tensor], Any]
+
+
+def capture(model: torch.nn.Module | ExportedProgram, inputs: tuple[torch.Tensor, ...]) -> Captured:
+    """Capture a model as a functional graph with a dynamic batch.
+
+    Parameters
+    ----------
+    model
+        The model, in eval mode where it has batch norms; or an exported program.
+    inputs
+        Example inputs, dim 0 the batch.
+
+    Raises
+    ------
+    CaptureError
+        The model cannot be captured; the message names the place in the user's code.
+    """
+    if isinstance(model, ExportedProgram):
+        exported = _functional(model)
+    else:
+        _check_mode(model)
+        exported = _export(model, _at_least_two(inputs))
+    return _read(exported)
+
+
+def _check_mode(model: torch.nn.Module) -> None:
+    for name, module in model.named_modules():
+        batch_statistics = isinstance(module, torch.nn.modules.batchnorm._NormBase) and module.training
+        if batch_statistics and (module.track_running_stats or not isinstance(module, torch.nn.modules.instancenorm._InstanceNorm)):
+            raise CaptureError(
+                f"the {type(module).__name__} {name!r} is in training mode: it would normalise with the statistics of "
+                "the batch, so that a sample's map depended on its neighbours. Call model.eval() first"
+            )
+
+
+def _at_least_two(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Batch 2 of zeros: torch.export takes a size of 0 or 1 for a constant, and the values do not matter."""
+    return tuple(torch.zeros((2, *x.shape[1:]), dtype=x.dtype, device=x.device) for x in inputs)
+
+
+def _export(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> ExportedProgram:
+    shapes = tuple({0: Dim.DYNAMIC} for _ in inputs)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(model, inputs, dynamic_shapes=_nest(model, shapes), strict=False)
+    except Exception as error:
+        raise CaptureError(_explain_failure(model, inputs, error)) from error
+    return _functional(exported)
+
+
+def _nest(model: torch.nn.Module, shapes: tuple) -> tuple:
+    """`*args` in a forward takes its specs nested once more."""
+    import inspect
+
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    nested: list[Any] = []
+    rest = list(shapes)
+    for parameter in parameters:
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            nested.append(tuple(rest))
+            rest = []
+        elif rest:
+            nested.append(rest.pop(0))
+    return tuple(nested + rest)
+
+
+def _functional(exported: ExportedProgram) -> ExportedProgram:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        return exported.run_decompositions({})
+
+
+def _explain_failure(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], error: Exception) -> str:
+    """Say where in the user's code the capture failed, and why, without torch's pages of advice."""
+    shapes = ", ".join(f"[batch, {', '.join(map(str, x.shape[1:]))}]" for x in inputs)
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    kind = type(error).__name__
+    advice = "check that the model runs on inputs of this shape"
+    if "GuardOnDataDependent" in kind or "data-dependent" in str(error) or "Dynamic control flow" in str(error):
+        advice = "the model's code branches on the values of a tensor, which no fixed program can do; use torch.where"
+    elif "ConstraintViolation" in kind or "specialized" in str(error) or "Constraints violated" in str(error):
+        advice = "the model fixes the batch size; take it from x.shape[0], or use -1 in a reshape"
+    return (
+        f"the model {type(model).__name__} cannot be captured for inputs {shapes}: {kind}: {reason}"
+        f"{_place(model, error)}\n{advice[0].upper()}{advice[1:]}"
+    )
+
+
+def _place(model: torch.nn.Module, error: BaseException) -> str:
+    """The deepest frame that runs a forward of one of the model's modules outside of torch."""
+    paths = {id(m): n for n, m in model.named_modules()}
+    torch_folder = str(Path(torch.__file__).parent)
+    place = ""
+    current: BaseException | None = error
+    while current is not None and not place:
+        for frame, line in traceback.walk_tb(current.__traceback__):
+            owner = frame.f_locals.get("self")
+            if id(owner) in paths and not frame.f_code.co_filename.startswith(torch_folder):
+                name = paths[id(owner)] or type(owner).__name__
+                place = f"\n  in {name!r} ({frame.f_code.co_filename}, line {line})"
+            elif id(owner) in paths and paths[id(owner)] and frame.f_code.co_name == "forward":
+                place = f"\n  in {paths[id(owner)]!r} ({type(owner).__name__})"
+        current = current.__cause__ or current.__context__
+    return place
+
+
+def _read(exported: ExportedProgram) -> Captured:
+    """Turn an exported program into a `Program`: parameters become constants, what they alone determine is computed."""
+    signature = exported.graph_signature
+    for spec in signature.output_specs:
+        if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION, OutputKind.PARAMETER_MUTATION):
+            raise CaptureError(
+                f"the model changes {spec.target!r} when it runs (a buffer, a parameter or its own input); call "
+                "model.eval(), or keep such state out of forward"
+            )
+    fake_mode = _fake_mode(exported)
+    builder = Builder(fake_mode)
+    env: dict[fx.Node, Any] = {}
+    lifted = {s.arg.name: s for s in signature.input_specs}
+    for node in exported.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = _placeholder(builder, exported, node, lifted[node.name])
+        elif node.op == "call_function":
+            builder.path = _path(node)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
+            env[node] = _call(builder, node, args, kwargs)
+        elif node.op == "output":
+            result, pack = _single_output(exported, node)
+            builder.graph.output(env[result])
+        else:
+            raise CaptureError(
+                f"the model uses {node.op} {node.target!r} (control flow of higher order), which lrpfast cannot explain"
+            )
+    return Captured(Program(builder.graph, builder.constants, fake_mode), pack)
+
+
+def _fake_mode(exported: ExportedProgram) -> Any:
+    for node in exported.graph.nodes:
+        fake = node.meta.get("val")
+        if isinstance(fake, torch._subclasses.FakeTensor):
+            return fake.fake_mode
+    raise CaptureError("the model has neither parameters nor inputs that are tensors")
+
+
+def _placeholder(builder: Builder, exported: ExportedProgram, node: fx.Node, spec: Any) -> Any:
+    if spec.kind is InputKind.USER_INPUT:
+        if not isinstance(node.meta.get("val"), torch.Tensor):
+            raise InputError(f"the model's input {node.name!r} is not a tensor; wrap the model so that it takes tensors")
+        return builder.placeholder(node.name, node.meta["val"])
+    if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+        tensors = exported.state_dict if spec.target in exported.state_dict else exported.constants
+        return builder.constant(tensors[spec.target].detach(), spec.target)
+    raise CaptureError(f"the model takes {node.name!r} ({spec.kind}), which lrpfast cannot explain")
+
+
+def _path(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    key, (path, _) = list(stack.items())[-1]
+    call = key.rsplit("@", 1)[1] if "@" in key else ""
+    return f"{path}@{call}" if call else path
+
+
+_RANDOM = {torch.Tag.nondeterministic_seeded}
+
+
+def _call(builder: Builder, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """Append a call; one whose arguments are all constants is computed now."""
+    flat = pytree.arg_tree_leaves(args, kwargs)
+    nodes = [a for a in flat if isinstance(a, fx.Node)]
+    foldable = isinstance(node.target, torch._ops.OpOverload) and not _RANDOM.intersection(node.target.tags)
+    values = [a for a in flat if isinstance(a, _Values)]
+    if foldable and all(n.op == "get_attr" for n in nodes) and not values:
+        real_args, real_kwargs = fx.map_arg((args, kwargs), builder.tensor)
+        with torch.no_grad():
+            result = node.target(*real_args, **real_kwargs)
+        if isinstance(result, torch.Tensor):
+            return builder.constant(result.detach(), node.name)
+        return _Values(tuple(result)) if isinstance(result, (tuple, list)) else result
+    if values:
+        (holder,) = values
+        return builder.constant(holder.tensors[args[1]].detach(), node.name)
+    return builder.call(node.target, *args, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Values:
+    """The results of an operation on constants that returns several tensors."""
+
+    tensors: tuple[torch.Tensor, ...]
+
+
+def _single_output(exported: ExportedProgram, node: fx.Node) -> tuple[fx.Node, Callable[[torch.Tensor], Any]]:
+    results = [
+        (index, value)
+        for index, value in enumerate(node.args[0])
+        if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
+    ]
+    if len(results) != 1:
+        raise CaptureError(
+            f"the model returns {len(results)} tensors and LRP explains one; wrap the model in a module whose forward "
+            "returns the tensor to explain"
+        )
+    ((index, result),) = results
+    spec = exported.call_spec.out_spec
+    others = list(node.args[0])
+
+    def pack(output: torch.Tensor) -> Any:
+        leaves = list(others)
+        leaves[index] = output
+        return pytree.tree_unflatten(leaves, spec)
+
+    return result, pack

@@ -1,0 +1,63 @@
+"""`lrpfast info`: what is here, and of what is not, why."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+
+import click
+import torch
+
+import lrpfast
+from lrpfast import backends, composites
+
+# What each optional package is for; the names are those of the module and of what pip installs.
+_OPTIONAL = (
+    ("torchvision", "torchvision", "models torchvision:NAME"),
+    ("timm", "timm", "models timm:NAME"),
+    ("safetensors", "safetensors", "checkpoints in .safetensors"),
+    ("onnx", "onnx", "lrpfast compile --onnx"),
+    ("onnxscript", "onnxscript", "lrpfast compile --onnx"),
+    ("onnxruntime", "onnxruntime", "running an ONNX program"),
+    ("sklearn", "scikit-learn", "the demo, python -m lrpfast.demo"),
+)
+
+
+def run() -> None:
+    """Print it."""
+    click.echo(f"lrpfast {lrpfast.__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    for title, lines in (
+        ("devices", _devices()),
+        ("backends", str(backends.report()).splitlines()),
+        ("composites", [", ".join(composites.names())]),
+        ("optional packages", _packages()),
+    ):
+        click.echo(f"\n{title}")
+        for line in lines:
+            click.echo(f"  {line}")
+
+
+def _devices() -> Iterator[str]:
+    yield f"cpu: {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads of {os.cpu_count()}"
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        yield "cuda: not there: " + ("no GPU is visible to this process" if built else "this torch is built without CUDA")
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = properties.total_memory / 2**30
+        yield f"cuda:{index}: {properties.name}, compute capability {properties.major}.{properties.minor}, {memory:.0f} GiB"
+
+
+def _packages() -> Iterator[str]:
+    for module, package, purpose in _OPTIONAL:
+        try:
+            importlib.import_module(module)
+            yield f"{package} {metadata.version(package)}"
+        except ModuleNotFoundError:
+            yield f"{package}: not installed, for {purpose}: pip install {package}"
+        except Exception as error:
+            # It is there and broken: beside a torch of another version, importing torchvision raises a RuntimeError.
+            yield f"{package}: installed, but importing it fails: {type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -1,0 +1,115 @@
+"""From options to a model that is ready to be explained: what `explain`, `compile` and `plan` have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+import lrpfast
+from lrpfast import composites, models
+from lrpfast.cli.options import EngineOptions, ModelOptions
+from lrpfast.errors import InputError, ModelError
+
+DEFAULT_COMPOSITE = "epsilon_plus_flat"
+
+
+def warn(message: str) -> None:
+    """Tell the person on stderr."""
+    click.echo(f"lrpfast: warning: {message}", err=True)
+
+
+def load(options: ModelOptions) -> models.Loaded:
+    """Load the model that the options name, say on stderr what there is to say about it, and apply what they say of images.
+
+    Raises
+    ------
+    LrpfastError
+        As `models.load`; and for a file of class names that cannot be read, or a preprocessing that makes no sense.
+    """
+    # The `lrpfast` script, unlike `python -m lrpfast`, does not look for modules in the current folder.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    categories = None if options.classes is None else _read_categories(options.classes)
+    loaded = models.load(
+        options.spec, weights=options.weights, checkpoint=options.checkpoint, num_classes=options.num_classes
+    )
+    for note in loaded.notes:
+        warn(note)
+    changes: dict[str, Any] = {}
+    if options.size is not None:
+        changes |= {"size": options.size, "resize": options.size, "mode": "center"}
+    if options.no_normalise:
+        if options.mean is not None or options.std is not None:
+            raise InputError("--no-normalise was given together with --mean or --std")
+        channels = loaded.preprocessing.channels
+        changes |= {"mean": (0.0,) * channels, "std": (1.0,) * channels}
+    if options.mean is not None:
+        changes["mean"] = options.mean
+    if options.std is not None:
+        changes["std"] = options.std
+    preprocessing = dataclasses.replace(loaded.preprocessing, **changes)
+    return dataclasses.replace(
+        loaded, preprocessing=preprocessing, categories=loaded.categories if categories is None else categories
+    )
+
+
+def device_of(options: EngineOptions) -> torch.device:
+    """Return the device to compute on. Raises `InputError` where it is unknown or not there."""
+    if options.device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(options.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"the device {options.device!r} cannot be used: {reason}") from error
+    return device
+
+
+def make_explainer(loaded: models.Loaded, options: EngineOptions) -> Any:
+    """Compile the loaded module for its image size.
+
+    Raises
+    ------
+    ModelError
+        It is a saved program, which is compiled already.
+    LrpfastError
+        As `lrpfast.Explainer`.
+    """
+    if loaded.model is None:
+        raise ModelError(f"{loaded.spec} is a saved program; a model is needed")
+    name = options.composite or DEFAULT_COMPOSITE
+    bounds: dict[str, Any] = {}
+    if composites.needs_range(name):
+        bounds = {"low": loaded.preprocessing.low, "high": loaded.preprocessing.high}
+    composite = composites.get(name, **bounds)
+    model = loaded.model.to(device_of(options))
+    return lrpfast.Explainer(
+        model,
+        example_inputs=example_input(loaded, model),
+        composite=composite,
+        precision=options.precision,
+        backend=options.backend or "auto",
+    )
+
+
+def example_input(loaded: models.Loaded, model: torch.nn.Module) -> torch.Tensor:
+    """Return a black image as the model's input, with its device and dtype."""
+    preprocessing = loaded.preprocessing
+    like = next((value for value in model.parameters() if value.is_floating_point()), torch.empty(0))
+    black = torch.tensor(preprocessing.low, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+    return black.expand(1, preprocessing.channels, *preprocessing.size).contiguous()
+
+
+def _read_categories(path: Path) -> tuple[str, ...]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the class names {path} cannot be read: {error}") from error
+    return tuple(line.strip() for line in lines)

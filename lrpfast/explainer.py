@@ -1,0 +1,357 @@
+"""The Explainer: captures and transforms a model for the shapes that it meets, checks every call, runs the program.
+
+All checks of a call are here or in `lrpfast.checks`, before or after the program and never within: a bad input is an error
+that names it, and no map leaves that is not finite.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from lrpfast import checks
+from lrpfast.assign import Assignment, assign
+from lrpfast.canonical import canonicalise
+from lrpfast.capture import capture
+from lrpfast.composites import Composite, get
+from lrpfast.errors import CaptureError, InputError
+from lrpfast.explanation import Explanation
+from lrpfast.graph import Program
+from lrpfast.ops import native
+from lrpfast.plan import Plan, make_plan
+from lrpfast.relevance import Joint, Seed, transform
+from lrpfast.runtime import Executor
+
+_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_KEPT_PROGRAMS = 4
+
+
+@dataclasses.dataclass
+class Compiled:
+    """A model captured for inputs of one shape, with its rules; joint programs and executors are made as they are needed."""
+
+    program: Program
+    pack: Callable[[torch.Tensor], Any]
+    rules: dict[fx.Node, Assignment]
+    record: tuple[str, ...]
+    backend: str
+    fingerprint: tuple
+    _joints: dict[Seed, Joint] = dataclasses.field(default_factory=dict)
+    _executors: dict[tuple[Seed, bool], Executor] = dataclasses.field(default_factory=dict)
+
+    def joint(self, seed: Seed) -> Joint:
+        if seed not in self._joints:
+            self._joints[seed] = transform(self.program, self.rules, seed, self.record)
+        return self._joints[seed]
+
+    def executor(self, seed: Seed, repeated: bool) -> Executor:
+        key = (seed, repeated)
+        if key not in self._executors:
+            self._executors[key] = Executor(self.joint(seed), self.backend, repeated)
+        return self._executors[key]
+
+
+class Explainer:
+    """Explains the decisions of a model by Layer-wise Relevance Propagation.
+
+    Parameters
+    ----------
+    model
+        A module in eval mode, or a `torch.export.ExportedProgram`; never modified. Where its parameters are changed
+        later, the next call captures the model anew.
+    example_inputs
+        A tensor or a tuple of tensors, dim 0 the batch (of any size). Without, a program is compiled at the first call.
+        Programs of a few shapes are kept, the least recently used goes first.
+    composite
+        A name (`lrpfast.composites.names()`) or a `lrpfast.Composite`.
+    precision
+        None: the model's own dtype. "float32", "bfloat16", "float16": the program computes in this dtype, with
+        denominators in float32 at least; maps and output come in the inputs' dtype.
+    backend
+        "auto": the fastest operators on this machine; "torch": pure-torch reference operators; "native": the compiled ones.
+    record
+        Names of modules (globs) whose relevance is returned as well: that of the value which leaves the module.
+
+    Raises
+    ------
+    CaptureError
+        The model cannot be captured, or is in training mode with batch norms.
+    RuleError, CompositeError, UnsupportedOperationError
+        The composite does not fit the model, or the model has an operation without a rule.
+    InputError
+        An argument is malformed.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module | ExportedProgram,
+        example_inputs: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        composite: str | Composite = "epsilon_plus_flat",
+        precision: str | None = None,
+        backend: str = "auto",
+        record: Sequence[str] = (),
+    ) -> None:
+        if not isinstance(model, (torch.nn.Module, ExportedProgram)):
+            raise InputError(f"model must be a torch.nn.Module or an ExportedProgram, got {type(model).__name__}")
+        if precision is not None and precision not in _PRECISIONS:
+            raise InputError(f"precision must be None or one of {', '.join(_PRECISIONS)}, got {precision!r}")
+        if isinstance(record, str):
+            record = (record,)
+        self._model = model
+        self._composite = get(composite)
+        self._precision = None if precision is None else _PRECISIONS[precision]
+        self._backend = _resolve_backend(backend)
+        self._record = tuple(record)
+        self._compiled: OrderedDict[tuple, Compiled] = OrderedDict()
+        self._latest: Compiled | None = None
+        self._lock = threading.Lock()
+        if example_inputs is not None:
+            inputs = checks.as_inputs(example_inputs)
+            checks.check_inputs(inputs, self._parameters(), finite=False)
+            self._compile(inputs).executor(Seed.LOGIT, False)
+
+    def __call__(
+        self,
+        inputs: torch.Tensor | Sequence[torch.Tensor],
+        target: int | Sequence[int] | torch.Tensor | None = None,
+        seed: str = "logit",
+    ) -> Explanation:
+        """Explain a batch.
+
+        Parameters
+        ----------
+        inputs
+            A tensor, or a tuple of tensors; dim 0 is the batch.
+        target
+            None: the arg max. An int, int64 ``[N]``, or int64 ``[N, K]``: K maps a sample from one forward pass. A
+            floating-point tensor of the output's shape: the relevance at the output itself.
+        seed
+            The relevance at the output of the target: "logit", its value; "one".
+
+        Raises
+        ------
+        InputError, TargetError
+            An argument has a wrong shape, dtype, device or value.
+        NumericsError
+            NaN or infinity in the inputs, the output or the relevance.
+        """
+        chosen = checks.check_seed(seed)
+        tensors = checks.as_inputs(inputs)
+        checks.check_inputs(tensors, self._parameters())
+        compiled = self._compile(tensors)
+        is_relevance = isinstance(target, torch.Tensor) and target.is_floating_point()
+        kind = Seed.TENSOR if is_relevance else chosen
+        several = isinstance(target, torch.Tensor) and target.dim() == 2 and not is_relevance
+        with self._lock:
+            executor = compiled.executor(kind, several)
+        with torch.no_grad():
+            return _run(compiled, executor, tensors, target, kind)
+
+    def plan(self) -> Plan:
+        """The plan of the latest program: layer, operation, rule, schedule, cost, and the facts proved; printable."""
+        compiled = self._need_compiled("plan")
+        with self._lock:
+            return make_plan(compiled.joint(Seed.LOGIT), compiled.executor(Seed.LOGIT, False), self._composite.name)
+
+    @property
+    def program(self) -> fx.GraphModule:
+        """The joint program of the latest shape: ``(*inputs, target) -> (output, *relevances, *recorded layers)``.
+
+        ``target`` is int64 ``[N]``; -1 stands for the arg max.
+        """
+        compiled = self._need_compiled("program")
+        with self._lock:
+            return compiled.joint(Seed.LOGIT).program.module()
+
+    @property
+    def composite(self) -> Composite:
+        """The composite in use."""
+        return self._composite
+
+    def profile(self, inputs: torch.Tensor | Sequence[torch.Tensor], repeats: int = 5) -> list[tuple[str, str, float]]:
+        """Seconds of each step of the program, the median of some runs: (module, operation, seconds)."""
+        tensors = checks.as_inputs(inputs)
+        compiled = self._compile(tensors)
+        times: dict[fx.Node, list[float]] = {}
+        executor = Executor(
+            compiled.joint(Seed.LOGIT), self._backend, timer=lambda node, note, s: times.setdefault(node, []).append(s)
+        )
+        target = torch.full((tensors[0].shape[0],), -1, dtype=torch.int64, device=tensors[0].device)
+        for _ in range(repeats):
+            with torch.no_grad():
+                run = executor.start(*_prepare(compiled, tensors))
+                next(run)
+                run.send(target)
+        labels = {s.node: (s.node.meta.get("path", ""), _step_name(s)) for s in executor.steps}
+        return [(*labels[n], sorted(t)[len(t) // 2]) for n, t in times.items()]
+
+    def save(self, path: str | PathLike[str], extra: dict[str, Any] | None = None) -> None:
+        """Save the joint program as a ``.pt2`` file that needs neither the model nor its code; see `lrpfast.load`.
+
+        Parameters
+        ----------
+        path
+            The file; written whole or not at all.
+        extra
+            What JSON can hold; kept with the program.
+
+        Raises
+        ------
+        OutputError
+            The file cannot be written.
+        """
+        from lrpfast import export
+
+        export.save_program(self._joint_for("save"), path, self._metadata(extra))
+
+    def export_onnx(self, path: str | PathLike[str], opset: int = 18) -> None:
+        """Export the joint program to ONNX, with a dynamic batch and no custom operators.
+
+        The model takes the inputs and ``target`` (int64 ``[N]``, -1 for the arg max); it gives ``output``, ``relevance`` and
+        the recorded layers.
+
+        Raises
+        ------
+        MissingDependencyError
+            onnx or onnxscript is not installed.
+        OutputError
+            The file cannot be written.
+        """
+        from lrpfast import export
+
+        export.export_onnx(self._joint_for("export_onnx"), path, opset, self._metadata(None))
+
+    def _metadata(self, extra: dict[str, Any] | None) -> dict[str, Any]:
+        return {"composite": self._composite.name, "extra": extra or {}}
+
+    def _joint_for(self, what: str) -> Joint:
+        compiled = self._need_compiled(what)
+        with self._lock:
+            return compiled.joint(Seed.LOGIT)
+
+    def _need_compiled(self, what: str) -> Compiled:
+        if self._latest is None:
+            raise InputError(f"{what}: no program yet; give the Explainer example_inputs, or call it once")
+        return self._latest
+
+    def _parameters(self) -> list[torch.Tensor]:
+        if isinstance(self._model, ExportedProgram):
+            return [*self._model.state_dict.values()]
+        return [*self._model.parameters(), *self._model.buffers()]
+
+    def _fingerprint(self) -> tuple:
+        """Changes where a parameter is written to or replaced, and where a module changes its mode."""
+        tensors = tuple((p.data_ptr(), p._version) for p in self._parameters() if not p.is_inference())
+        modes = () if isinstance(self._model, ExportedProgram) else tuple(m.training for m in self._model.modules())
+        return (tensors, modes)
+
+    def _compile(self, inputs: tuple[torch.Tensor, ...]) -> Compiled:
+        key = tuple((tuple(x.shape[1:]), x.dtype, x.device) for x in inputs)
+        fingerprint = self._fingerprint()
+        with self._lock:
+            compiled = self._compiled.get(key)
+            if compiled is None or compiled.fingerprint != fingerprint:
+                compiled = self._make(inputs, fingerprint)
+                self._compiled[key] = compiled
+                while len(self._compiled) > _KEPT_PROGRAMS:
+                    self._compiled.popitem(last=False)
+            self._compiled.move_to_end(key)
+            self._latest = compiled
+            return compiled
+
+    def _make(self, inputs: tuple[torch.Tensor, ...], fingerprint: tuple) -> Compiled:
+        captured = capture(self._model, inputs)
+        if len(captured.program.inputs) != len(inputs):
+            raise InputError(
+                f"the model takes {len(captured.program.inputs)} tensor inputs, {len(inputs)} were given"
+            )
+        for node, given in zip(captured.program.inputs, inputs, strict=True):
+            if isinstance(node.meta["val"].shape[0], int):
+                raise CaptureError("the exported program has a fixed batch; export it with dynamic_shapes for dim 0")
+            if tuple(node.meta["val"].shape[1:]) != tuple(given.shape[1:]):
+                raise InputError(
+                    f"the exported program takes inputs of shape {list(node.meta['val'].shape[1:])} a sample, got "
+                    f"{list(given.shape[1:])}"
+                )
+        program = canonicalise(captured.program, self._precision)
+        rules = assign(program, self._composite)
+        compiled = Compiled(program, captured.pack, rules, self._record, self._backend, fingerprint)
+        compiled.joint(Seed.LOGIT)
+        return compiled
+
+
+def _step_name(step: Any) -> str:
+    from lrpfast.graph import operation_name
+
+    return operation_name(step.node) + (f" ({step.note})" if step.note else "")
+
+
+def _resolve_backend(backend: str) -> str:
+    if backend == "auto":
+        return "torch" if native.extension is None else "native"
+    if backend == "native" and native.extension is None:
+        raise InputError(f"backend 'native' is not available: {native.why_unavailable}")
+    if backend not in ("torch", "native"):
+        raise InputError(f"backend must be 'auto', 'torch' or 'native', got {backend!r}")
+    return backend
+
+
+def _prepare(compiled: Compiled, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """Inputs as the program takes them: its dtype, images channels-last."""
+    prepared = []
+    for node, given in zip(compiled.program.inputs, inputs, strict=True):
+        tensor = given.detach().to(node.meta["val"].dtype)
+        prepared.append(tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor)
+    return prepared
+
+
+def _run(
+    compiled: Compiled, executor: Executor, inputs: tuple[torch.Tensor, ...], target: Any, seed: Seed
+) -> Explanation:
+    run = executor.start(*_prepare(compiled, inputs))
+    output = next(run)
+    checks.check_finite(output, "the model's output")
+    if seed is Seed.TENSOR:
+        resolved = checks.check_output_relevance(target, output)
+        results = [run.send(resolved)]
+        total = resolved.flatten(1).sum(1) if resolved.dim() > 1 else resolved
+    else:
+        resolved = checks.resolve_target(target, output)
+        results = [run.send(t) for t in (resolved.unbind(1) if resolved.dim() == 2 else [resolved])]
+        total = checks.seed_relevance(output, resolved, seed)
+    run.close()
+    several = seed is not Seed.TENSOR and resolved.dim() == 2
+    columns = [torch.stack(c, 1) if several else c[0] for c in zip(*results, strict=True)]
+    columns = [_finished(c, inputs[0].dtype) for c in columns]
+    count = len(inputs)
+    relevance = columns[0] if count == 1 else tuple(columns[:count])
+    for index, name in enumerate((*("the relevance" for _ in inputs), *executor.recorded)):
+        checks.check_finite(columns[index], name if index < count else f"the relevance at {name!r}")
+    layers = dict(zip(executor.recorded, columns[count:], strict=True))
+    return Explanation(relevance, compiled.pack(output.to(inputs[0].dtype)), resolved, layers, total.to(inputs[0].dtype))
+
+
+def _finished(result: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A result of its own: not a view that shares memory, in the inputs' dtype."""
+    dense = result.is_contiguous() or result.is_contiguous(memory_format=torch.channels_last) if result.dim() == 4 else result.is_contiguous()
+    return result.to(dtype) if dense else result.to(dtype).contiguous()
+
+
+def explain(
+    model: torch.nn.Module | ExportedProgram,
+    inputs: torch.Tensor | Sequence[torch.Tensor],
+    target: int | Sequence[int] | torch.Tensor | None = None,
+    composite: str | Composite = "epsilon_plus_flat",
+    seed: str = "logit",
+    **options: Any,
+) -> Explanation:
+    """Explain one batch: ``Explainer(model, inputs, composite, **options)(inputs, target, seed)``."""
+    return Explainer(model, inputs, composite, **options)(inputs, target, seed)

@@ -1,0 +1,259 @@
+"""Every fused operator in C++ (lrpfast._C), for float32 and bfloat16 on the CPU.
+
+The extension takes pointers and trusts them, so what may be handed to it is decided here: dtypes, devices, and that all
+operands number their elements alike. Whatever it cannot take, the reference computes. Layouts are judged once for each
+combination of shapes and strides met, then looked up.
+"""
+
+import ctypes
+import functools
+import os
+import warnings
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """The extension, or None and the reason why it is not there."""
+    try:
+        from lrpfast import _C
+    except ImportError as error:
+        return None, f"the extension lrpfast._C does not load: {error}"
+    limit = os.environ.get("LRPFAST_CPU_CAPABILITY")
+    if limit and not _C.limit_cpu_capability(limit):
+        warnings.warn(
+            f"LRPFAST_CPU_CAPABILITY={limit!r} is none of 'default', 'avx2', 'avx512' and is ignored",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return _C, ""
+
+
+def _bind_openmp(extension: ModuleType) -> str:
+    """Hand torch's own OpenMP runtime to the extension; a reason if that cannot be done (it then runs in one thread).
+
+    The handle of torch's extension module finds the copy that torch is linked to, under whatever name it was shipped.
+    """
+    try:
+        torch_library = ctypes.CDLL(torch._C.__file__)
+        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+        addresses = [ctypes.cast(getattr(torch_library, name), ctypes.c_void_p).value for name in names]
+    except (OSError, AttributeError) as error:
+        return f"torch's OpenMP runtime was not found, C++ operators run in one thread: {error}"
+    extension.bind_openmp(*addresses)
+    return ""
+
+
+extension, why_unavailable = _load()
+why_single_thread = _bind_openmp(extension) if extension is not None else why_unavailable
+
+
+def ratio(
+    carrier: Tensor | None, message: Tensor, denominator: Tensor, eps: float, out: Tensor | None = None
+) -> Tensor:
+    """`carrier * message / S(denominator)`; see `reference.ratio`."""
+    if out is None:
+        out = torch.empty_like(message)
+    if not _ratio(carrier, message, None, denominator, eps, out):
+        return reference.ratio(carrier, message, denominator, eps, out=out)
+    return out
+
+
+def ratio_sum(
+    carrier: Tensor | None,
+    message_a: Tensor,
+    message_b: Tensor,
+    denominator: Tensor,
+    eps: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`carrier * (message_a + message_b) / S(denominator)`; see `reference.ratio_sum`."""
+    if out is None:
+        out = torch.empty_like(message_a)
+    if not _ratio(carrier, message_a, message_b, denominator, eps, out):
+        return reference.ratio_sum(carrier, message_a, message_b, denominator, eps, out=out)
+    return out
+
+
+def channel_sum(carrier: Tensor | None, message: Tensor, groups: int, out: Tensor | None = None) -> Tensor:
+    """Sum of `carrier * message` over the channels of each group; see `reference.channel_sum`."""
+    if out is None:
+        out = message.new_empty((message.shape[0], groups, *message.shape[2:]))
+    if not _channel_sum(carrier, message, groups, out):
+        return reference.channel_sum(carrier, message, groups, out=out)
+    return out
+
+
+def _ratio(
+    carrier: Tensor | None, message: Tensor, other: Tensor | None, denominator: Tensor, eps: float, out: Tensor
+) -> bool:
+    """Run the kernel if it can take these operands; whether it did."""
+    if extension is None:
+        return False
+    message_code = _dtype_code(message)
+    carrier_code = 0 if carrier is None else _dtype_code(carrier)
+    denominator_code = _dtype_code(denominator)
+    if message_code is None or carrier_code is None or denominator_code is None:
+        return False
+    if _dtype_code(out) != message_code or (other is not None and _dtype_code(other) != message_code):
+        return False
+    layout = _ratio_layout(
+        (message.shape, message.stride()),
+        None if out is message else (out.shape, out.stride()),
+        None if other is None else (other.shape, other.stride()),
+        (denominator.shape, denominator.stride()),
+        None if carrier is None else (carrier.shape, carrier.stride()),
+    )
+    if layout is None:
+        return False
+    extension.ratio(
+        0 if carrier is None else carrier.data_ptr(),
+        carrier_code,
+        layout.carrier_broadcast,
+        message.data_ptr(),
+        0 if other is None else other.data_ptr(),
+        message_code,
+        denominator.data_ptr(),
+        denominator_code,
+        layout.denominator_broadcast,
+        out.data_ptr(),
+        layout.rows,
+        layout.row_size,
+        eps,
+        torch.get_num_threads(),
+    )
+    return True
+
+
+def _channel_sum(carrier: Tensor | None, message: Tensor, groups: int, out: Tensor) -> bool:
+    """Run the kernel if it can take these operands; whether it did."""
+    if extension is None:
+        return False
+    message_code = _dtype_code(message)
+    carrier_code = 0 if carrier is None else _dtype_code(carrier)
+    if message_code is None or carrier_code is None or _dtype_code(out) != message_code or not out.is_contiguous():
+        return False
+    layout = _channel_layout(
+        (message.shape, message.stride()), None if carrier is None else (carrier.shape, carrier.stride())
+    )
+    if layout is None:
+        return False
+    extension.channel_sum(
+        0 if carrier is None else carrier.data_ptr(),
+        carrier_code,
+        layout.carrier_broadcast,
+        message.data_ptr(),
+        message_code,
+        out.data_ptr(),
+        layout.rows,
+        layout.channels,
+        groups,
+        layout.positions,
+        layout.channels_last,
+        torch.get_num_threads(),
+    )
+    return True
+
+
+def _dtype_code(tensor: Tensor) -> int | None:
+    """The kernel's code of the tensor's dtype; None if no kernel can read it as it lies in memory."""
+    if not tensor.is_cpu or tensor.is_neg():
+        return None
+    return _DTYPE_CODES.get(tensor.dtype)
+
+
+# ---- Layouts: (shape, strides) of the operands to what a kernel is told ----------------------------------------------
+# A kernel numbers elements in the order of memory. That is sound if every operand is dense and orders its dimensions
+# alike; strides of dimensions of size 1 mean nothing and are left out.
+
+_Geometry = tuple[torch.Size, tuple[int, ...]]
+
+
+class _RatioLayout(NamedTuple):
+    rows: int
+    row_size: int
+    carrier_broadcast: bool
+    denominator_broadcast: bool
+
+
+class _ChannelLayout(NamedTuple):
+    rows: int
+    channels: int
+    positions: int
+    channels_last: bool
+    carrier_broadcast: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def _ratio_layout(
+    message: _Geometry,
+    out: _Geometry | None,
+    other: _Geometry | None,
+    denominator: _Geometry,
+    carrier: _Geometry | None,
+) -> _RatioLayout | None:
+    if not _is_dense(message) or any(_broadcast(t, message) is not False for t in (out, other) if t is not None):
+        return None
+    carrier_broadcast = False if carrier is None else _broadcast(carrier, message)
+    denominator_broadcast = _broadcast(denominator, message)
+    if carrier_broadcast is None or denominator_broadcast is None:
+        return None
+    size = message[0].numel()
+    if carrier_broadcast or denominator_broadcast:
+        rows = message[0][0]
+        return _RatioLayout(rows, size // max(rows, 1), carrier_broadcast, denominator_broadcast)
+    return _RatioLayout(1, size, False, False)
+
+
+@functools.lru_cache(maxsize=4096)
+def _channel_layout(message: _Geometry, carrier: _Geometry | None) -> _ChannelLayout | None:
+    carrier_broadcast = False if carrier is None else _broadcast(carrier, message)
+    if carrier_broadcast is None:
+        return None
+    shape = message[0]
+    positions = shape[2:].numel()
+    order = _dimension_order(message)
+    planes = [d for d in range(len(shape)) if shape[d] > 1]
+    neighbours = [d for d in (0, *range(2, len(shape)), 1) if shape[d] > 1]
+    if not _is_dense(message) or order not in (planes, neighbours):
+        return None
+    # With a single position, or a single channel, both readings hold, and the one with the longer inner loop is faster.
+    channels_last = order != planes or (order == neighbours and positions == 1)
+    return _ChannelLayout(shape[0], shape[1], positions, channels_last, carrier_broadcast)
+
+
+def _broadcast(operand: _Geometry, message: _Geometry) -> bool | None:
+    """Whether one row of the operand serves all rows of the message; None if elements are not numbered alike."""
+    shape, strides = message
+    if operand[0] == shape:
+        same = all(a == b for a, b, size in zip(operand[1], strides, shape, strict=True) if size > 1)
+        return False if same else None
+    if len(operand[0]) != len(shape) or operand[0][0] != 1 or operand[0][1:] != shape[1:]:
+        return None
+    rows_outermost = strides[0] == shape[1:].numel()
+    same = all(a == b for a, b, size in zip(operand[1][1:], strides[1:], shape[1:], strict=True) if size > 1)
+    return True if same and rows_outermost else None
+
+
+def _dimension_order(geometry: _Geometry) -> list[int]:
+    """Dimensions of more than one element, outermost first."""
+    shape, strides = geometry
+    return sorted((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -strides[d])
+
+
+def _is_dense(geometry: _Geometry) -> bool:
+    """Whether the elements fill a block of memory, each once, in some order of the dimensions."""
+    shape, strides = geometry
+    expected = 1
+    for d in reversed(_dimension_order(geometry)):
+        if strides[d] != expected:
+            return False
+        expected *= shape[d]
+    return True

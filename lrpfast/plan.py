@@ -1,0 +1,101 @@
+"""The plan: what an explainer will do and why, as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+from torch import fx
+
+from lrpfast.graph import is_tensor, operation_name, value
+from lrpfast.relevance import Joint
+from lrpfast.runtime import Executor
+
+_MAC_OPERATIONS = ("convolution", "linear", "conv_dgrad")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One operation of the model: its rule, which entry of the composite gave it, how it is done, and its cost.
+
+    `gmacs` counts multiplications of the explanation, and `forward_gmacs` those of the model's own pass, a sample.
+    """
+
+    layer: str
+    operation: str
+    rule: str
+    why: str
+    how: str
+    forward_gmacs: float
+    gmacs: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A plan; `str` gives the table."""
+
+    composite: str
+    rows: tuple[Row, ...]
+    facts: str
+    steps: int
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=f"composite {self.composite}", title_justify="left", pad_edge=False)
+        for name in ("layer", "operation", "rule", "from", "how"):
+            table.add_column(name, overflow="fold")
+        table.add_column("GMAC forward", justify="right")
+        table.add_column("relevance", justify="right")
+        for row in self.rows:
+            costs = [f"{c:.3f}" if c else "" for c in (row.forward_gmacs, row.gmacs)]
+            table.add_row(row.layer, row.operation, row.rule, row.why, row.how, *costs)
+        buffer = io.StringIO()
+        Console(file=buffer, width=140, force_terminal=False, no_color=True).print(table)
+        forward, total = sum(r.forward_gmacs for r in self.rows), sum(r.gmacs for r in self.rows)
+        ratio = f", {(forward + total) / forward:.2f} times the forward pass" if forward else ""
+        return (
+            f"{buffer.getvalue()}facts: {self.facts}\nsteps: {self.steps}\n"
+            f"multiplications a sample: {forward:.3f} GMAC forward, {total:.3f} GMAC for the relevance{ratio}"
+        )
+
+
+def make_plan(joint: Joint, executor: Executor, composite: str) -> Plan:
+    """Describe a joint program and the executor that runs it."""
+    backward: dict[str, float] = {}
+    for node in joint.program.graph.nodes:
+        if node.op == "call_function" and node not in joint.forward:
+            path = node.meta.get("path", "")
+            backward[path] = backward.get(path, 0.0) + _gmacs(node)
+    rows = []
+    for node, assignment in joint.rules.items():
+        layer = assignment.layer
+        rule = str(assignment.rule) if assignment.rule is not None else "default"
+        own = _gmacs(node)
+        path = node.meta.get("path", "")
+        cost = backward.pop(path, 0.0) if own else 0.0
+        how = joint.notes.get(node, "")
+        rows.append(Row(layer.name, layer.operation, rule, assignment.why, how, own, cost))
+    return Plan(composite, tuple(rows), str(joint.facts), len(executor.steps))
+
+
+def _gmacs(node: fx.Node) -> float:
+    """Multiplications of a step for one sample, in 10⁹."""
+    if operation_name(node) not in (*_MAC_OPERATIONS, "matmul") or not is_tensor(node):
+        return 0.0
+    weight = node.args[1]
+    shape = [s if isinstance(s, int) else 1 for s in value(node).shape]
+    weights = value(weight).shape
+    count = 1
+    if operation_name(node) in ("linear", "matmul"):
+        for size in shape:
+            count *= size
+        return count * int(weights[-1] if operation_name(node) == "linear" else weights[-2]) / 1e9
+    transposed = operation_name(node) == "convolution" and node.args[6]
+    positions = value(node.args[0]).shape if transposed or operation_name(node) == "conv_dgrad" else shape
+    for size in positions[2:]:
+        count *= int(size)
+    for size in weights:
+        count *= int(size)
+    return count / 1e9

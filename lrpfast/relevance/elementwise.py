@@ -1,0 +1,116 @@
+"""Activations, sums and products (RULES §3)."""
+
+from __future__ import annotations
+
+from torch import fx
+import torch
+
+from lrpfast.errors import UnsupportedOperationError
+from lrpfast.graph import argument, describe, operation_name, same_shape
+from lrpfast.kinds import ACTIVATIONS
+from lrpfast.relevance.gradient import vector_jacobian_product
+from lrpfast.relevance.walk import Message, Walk, propagates
+from lrpfast.rules import DeconvReLU, Gradient, GuidedReLU, Norm, Rule, SmoothReLU
+
+aten = torch.ops.aten
+
+_GATES = {"sigmoid", "hardsigmoid", "softmax", "_softmax"}
+# What a gate's values may pass through between the sigmoid and the product.
+_CARRIES_GATE = {"reshape", "expand", "unsqueeze", "squeeze", "permute", "slice", "select", "repeat"}
+
+
+@propagates(*ACTIVATIONS)
+def _activation(walk: Walk, node: fx.Node, message: Message, rule: Rule | None) -> None:
+    x = node.args[0]
+    if isinstance(rule, Gradient):
+        vector_jacobian_product(walk, node, message)
+    elif isinstance(rule, (GuidedReLU, DeconvReLU, SmoothReLU)):
+        walk.send(x, Message((_rectified(walk, node, walk.relevance(message), rule),)))
+    else:
+        walk.notes[node] = "pass: nothing to compute"
+        walk.send(x, message)
+
+
+def _rectified(walk: Walk, node: fx.Node, g: fx.Node, rule: Rule) -> fx.Node:
+    if isinstance(rule, SmoothReLU):
+        x = node.args[0]
+        return walk.call(aten.mul.Tensor, g, walk.call(aten.sigmoid.default, walk.call(aten.mul.Tensor, x, rule.beta)))
+    positive = walk.call(aten.relu.default, g)
+    if isinstance(rule, DeconvReLU):
+        return positive
+    return walk.call(aten.threshold_backward.default, positive, node, 0)
+
+
+@propagates("add", "sub")
+def _sum(walk: Walk, node: fx.Node, message: Message, rule: Rule | None) -> None:
+    """``y = a + b``: ``R_a = a R / S(y)``. A branch with another shape was broadcast; its relevance is summed over that."""
+    sign = -1 if operation_name(node) == "sub" else 1
+    factor = sign * argument(node, 2, "alpha", 1)
+    if isinstance(rule, Gradient):
+        total = walk.relevance(message)
+        carriers: tuple = (None, None)
+    else:
+        total = walk.output_ratio(message, node, rule.stabilizer if isinstance(rule, Norm) else Norm().stabilizer)
+        carriers = node.args[:2]
+    for operand, carrier, scale in zip(node.args[:2], carriers, (1, factor), strict=True):
+        if not isinstance(operand, fx.Node) or operand not in walk.reached:
+            continue
+        part = total if scale == 1 else walk.call(aten.mul.Tensor, total, scale)
+        walk.send(operand, Message((walk.sum_to(part, operand),), carrier))
+
+
+@propagates("mul")
+def _product(walk: Walk, node: fx.Node, message: Message, rule: Rule | None) -> None:
+    """A constant passes all on; a gate takes nothing; two signals share alike."""
+    if isinstance(rule, Gradient):
+        vector_jacobian_product(walk, node, message)
+        return
+    a, b = node.args[:2]
+    live = [n for n in (a, b) if isinstance(n, fx.Node) and n in walk.reached]
+    signals = [n for n in live if not _is_gate(n)]
+    if len(live) == 2 and len(signals) == 1:
+        walk.notes[node] = "signal takes all"
+        _hand_on(walk, node, signals[0], message, 1.0)
+    elif len(live) == 2:
+        walk.notes[node] = "two signals: half each"
+        for operand in (a, b):
+            _hand_on(walk, node, operand, message, 0.5)
+    else:
+        _hand_on(walk, node, live[0], message, 1.0)
+
+
+def _is_gate(node: fx.Node) -> bool:
+    """Whether a value is the output of a function into (0, 1), seen through operations that only move values."""
+    while operation_name(node) in _CARRIES_GATE:
+        node = node.args[0]
+    return node.op == "call_function" and operation_name(node) in _GATES
+
+
+def _hand_on(walk: Walk, node: fx.Node, operand: fx.Node, message: Message, share: float) -> None:
+    if share == 1 and same_shape(operand, node):
+        walk.send(operand, message)
+        return
+    relevance = walk.relevance(message)
+    if share != 1:
+        relevance = walk.call(aten.mul.Tensor, relevance, share)
+    walk.send(operand, Message((walk.sum_to(relevance, operand),)))
+
+
+@propagates("div")
+def _quotient(walk: Walk, node: fx.Node, message: Message, rule: Rule | None) -> None:
+    """By a constant: Pass. By a value of the input: a normaliser, held constant, and ε on what is left (RULES §3)."""
+    if isinstance(rule, Gradient):
+        vector_jacobian_product(walk, node, message)
+        return
+    signal, divisor = node.args[:2]
+    if node.kwargs.get("rounding_mode") is not None:
+        raise UnsupportedOperationError(f"{describe(node)} rounds its quotient; there is no rule for that")
+    if not (isinstance(divisor, fx.Node) and divisor in walk.reached):
+        _hand_on(walk, node, signal, message, 1.0)
+        return
+    if not (isinstance(signal, fx.Node) and signal in walk.reached):
+        raise UnsupportedOperationError(
+            f"{describe(node)} divides a constant by a value of the input; there is no rule for that"
+        )
+    ratio = walk.output_ratio(message, node, Norm().stabilizer)
+    _hand_on(walk, node, signal, Message((ratio,), node), 1.0)

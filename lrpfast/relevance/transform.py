@@ -1,0 +1,180 @@
+"""Build the joint program: the forward graph, the seed, and one walk backwards through the propagators."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from fnmatch import fnmatchcase
+
+import torch
+from torch import fx
+
+import lrpfast.ops  # noqa: F401  declares torch.ops.lrpfast
+from lrpfast.assign import Assignment
+from lrpfast.errors import InputError
+from lrpfast.facts import Facts, depends_on_input, prove
+from lrpfast.graph import Builder, Program, is_tensor, rank, value
+from lrpfast.ops import transposes  # noqa: F401  declares the transposes
+from lrpfast.relevance import affine, attention, elementwise, normalisation, pooling, routing  # noqa: F401  register
+from lrpfast.relevance.walk import Message, OneHot, Walk, propagator
+
+aten = torch.ops.aten
+
+
+class Seed(enum.Enum):
+    """The relevance at the output (RULES §6)."""
+
+    LOGIT = "logit"
+    ONE = "one"
+    TENSOR = "tensor"
+
+
+@dataclasses.dataclass(frozen=True)
+class Joint:
+    """A joint program and what is known of it.
+
+    Attributes
+    ----------
+    program
+        Takes the inputs and the target (class indices ``[N]``, -1 for the arg max; for `Seed.TENSOR` the relevance at the
+        output); returns the output, the relevance of each input, and that of each recorded layer.
+    forward
+        The nodes that compute the model's output: the first part of the graph.
+    """
+
+    program: Program
+    seed: Seed
+    recorded: tuple[str, ...]
+    forward: frozenset[fx.Node]
+    facts: Facts
+    rules: dict[fx.Node, Assignment]
+    notes: dict[fx.Node, str]
+
+
+def transform(
+    program: Program, rules: dict[fx.Node, Assignment], seed: Seed = Seed.LOGIT, record: tuple[str, ...] = ()
+) -> Joint:
+    """Transform a canonical program with its rules into the joint program.
+
+    Raises
+    ------
+    UnsupportedOperationError, RuleError
+        Relevance reaches an operation that has no rule; a rule does not fit its layer.
+    InputError
+        A name in `record` fits no layer.
+    """
+    build, mapping = _copy(program)
+    output = mapping[program.outputs[0]]
+    forward = frozenset(build.graph.nodes)
+    copied = Program(build.graph, build.constants, program.fake_mode)
+    facts = prove(copied)
+    walk = Walk(build, facts, depends_on_input(copied), {mapping[n]: a for n, a in rules.items()}, output)
+    inputs = copied.inputs
+    order = list(build.graph.nodes)
+    recorded = _recorded_values(order, output, record)
+    walk.send(output, _seed(walk, output, seed, inputs[-1]))
+    relevance, layers = _run(walk, order, inputs, recorded)
+    results = [output, *(relevance[i] for i in inputs), *(layers[name] for name in recorded)]
+    build.graph.output(tuple(results))
+    build.graph.eliminate_dead_code()
+    live = set(build.graph.nodes)
+    return Joint(
+        Program(build.graph, build.constants, program.fake_mode), seed, tuple(recorded),
+        frozenset(n for n in forward if n in live), facts, walk.rules, walk.notes,
+    )  # fmt: skip
+
+
+def _copy(program: Program) -> tuple[Builder, dict[fx.Node, fx.Node]]:
+    build = Builder(program.fake_mode)
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        if node.op == "output":
+            continue
+        if node.op == "get_attr":
+            build.path = node.meta["path"]
+            mapping[node] = build.constant(program.constants[node.target], node.target)
+        else:
+            mapping[node] = build.graph.node_copy(node, lambda n: mapping[n])
+    return build, mapping
+
+
+def _seed(walk: Walk, output: fx.Node, seed: Seed, last_input: fx.Node) -> Message:
+    """Add the program's last input and make the message at the output."""
+    name = "relevance" if seed is Seed.TENSOR else "target"
+    with walk.build.graph.inserting_after(last_input):
+        if seed is Seed.TENSOR:
+            return Message((walk.build.placeholder(name, value(output)),))
+        with walk.build.fake_mode:
+            indices = torch.empty((value(output).shape[0],), dtype=torch.int64, device=value(output).device)
+        target = walk.build.placeholder(name, indices)
+    carrier = output if seed is Seed.LOGIT else None
+    if rank(output) == 1:
+        return Message((walk.call(aten.ones_like.default, output),), carrier)
+    best = walk.call(aten.argmax.default, output, 1)
+    resolved = walk.call(aten.where.self, walk.call(aten.lt.Scalar, target, 0), best, target)
+    resolved.meta["target"] = True
+    column = walk.call(aten.unsqueeze.default, resolved, 1)
+    one_hot = walk.call(aten.scatter.value, walk.call(aten.zeros_like.default, output), 1, column, 1.0)
+    return Message((one_hot,), carrier, OneHot(resolved))
+
+
+def _run(
+    walk: Walk, order: list[fx.Node], inputs: list[fx.Node], recorded: dict[str, fx.Node]
+) -> tuple[dict[fx.Node, fx.Node], dict[str, fx.Node]]:
+    names_at: dict[fx.Node, list[str]] = {}
+    for name, node in recorded.items():
+        names_at.setdefault(node, []).append(name)
+    relevance: dict[fx.Node, fx.Node] = {}
+    layers: dict[str, fx.Node] = {}
+    for node in reversed(order):
+        if node not in walk.reached:
+            continue
+        walk.build.path = node.meta.get("path", "")
+        message = walk.collect(node)
+        if node in names_at or node in inputs:
+            total = _total(walk, node, message)
+            layers.update(dict.fromkeys(names_at.get(node, []), total))
+            relevance[node] = total
+        if message is not None and node not in inputs:
+            assignment = walk.rules.get(node)
+            propagator(node)(walk, node, message, assignment.rule if assignment else None)
+    return relevance, layers
+
+
+def _total(walk: Walk, node: fx.Node, message: Message | None) -> fx.Node:
+    return walk.call(aten.zeros_like.default, node) if message is None else walk.relevance(message)
+
+
+def _recorded_values(order: list[fx.Node], output: fx.Node, record: tuple[str, ...]) -> dict[str, fx.Node]:
+    """The value that leaves each module named in `record`."""
+    leaving = _leaving_values(order, output)
+    result: dict[str, fx.Node] = {}
+    for pattern in record:
+        names = [n for n in leaving if fnmatchcase(n, pattern) or fnmatchcase(n.split("@")[0], pattern)]
+        if not names:
+            listed = ", ".join(list(leaving)[:12]) + (", ..." if len(leaving) > 12 else "")
+            raise InputError(f"record: {pattern!r} fits no layer of the model; its layers: {listed}")
+        result.update({n: leaving[n] for n in names})
+    return result
+
+
+def _leaving_values(order: list[fx.Node], output: fx.Node) -> dict[str, fx.Node]:
+    """For each module the last of its values that is used outside of it."""
+    leaving: dict[str, fx.Node] = {}
+    for node in order:
+        if node.op != "call_function" or not is_tensor(node) or not value(node).is_floating_point():
+            continue
+        for path in (node.meta["path"], *node.meta.get("aliases", ())):
+            for module in _enclosing(path):
+                if node is output or any(not _inside(u, module) for u in node.users):
+                    leaving[module] = node
+    return leaving
+
+
+def _enclosing(path: str) -> list[str]:
+    parts = path.split(".") if path else []
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _inside(node: fx.Node, module: str) -> bool:
+    return any(module in _enclosing(p) for p in (node.meta["path"], *node.meta.get("aliases", ())))

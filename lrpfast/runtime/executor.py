@@ -1,0 +1,155 @@
+"""Execute: a joint program as straight Python code, generated once.
+
+Each step is one call of a bound function; values are local variables, deleted after their last use. The function is a
+generator: it runs the model's forward, yields the output, is sent the target, and runs the backward walk. So what is saved
+between the two is freed as the walk consumes it, and the caller can check the output before any relevance is computed.
+
+For K targets of one sample the part that depends on the target runs K times; all else (the forward pass, every
+denominator) runs once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
+import torch
+from torch import fx
+
+from lrpfast.relevance import Joint
+from lrpfast.runtime.lower import Lowering, Step
+
+Run = Generator[Any, Any, None]
+
+
+class Executor:
+    """Runs a joint program.
+
+    Parameters
+    ----------
+    joint
+        The program.
+    backend
+        "native": the compiled operators; "torch": the pure-torch references.
+    repeated
+        Whether the part that depends on the target is to run several times.
+    timer
+        Called with (node, note, seconds) after every step, for profiles.
+    """
+
+    def __init__(
+        self, joint: Joint, backend: str, repeated: bool = False, timer: Callable[[fx.Node, str, float], None] | None = None
+    ) -> None:
+        graph = joint.program.graph
+        nodes = [n for n in graph.nodes if n.op != "output"]
+        self._inputs = joint.program.inputs
+        self._results = joint.program.outputs
+        self.recorded = joint.recorded
+        target = self._inputs[-1]
+        seeded = _reached_from(target, nodes)
+        backward = [n for n in nodes if n.op == "call_function" and n not in joint.forward]
+        segments = {
+            "forward": [n for n in nodes if n in joint.forward and n.op == "call_function"],
+            "shared": [n for n in backward if n not in seeded] if repeated else [],
+            "seeded": [n for n in backward if n in seeded] if repeated else backward,
+        }
+        ordered = [n for n in nodes if n.op != "call_function"] + [n for s in segments.values() for n in s]
+        keep = set(self._results)
+        if repeated:
+            keep |= _used_by(segments["seeded"]) - set(segments["seeded"])
+        lowering = Lowering(joint.program, ordered, keep, backend)
+        steps = lowering.steps()
+        self.steps = steps
+        self._source, self._names = _generate(lowering, steps, segments, self._inputs, self._results, keep, repeated, timer)
+        scope = dict(self._names)
+        exec(compile(self._source, "<joint program>", "exec"), scope)
+        self._function: Callable[..., Run] = scope["run"]
+
+    def start(self, *inputs: torch.Tensor) -> Run:
+        """Begin a run: `next` gives the output; `send(target)` then gives the relevances, once for each target."""
+        return self._function(*inputs)
+
+
+def _reached_from(start: fx.Node, nodes: list[fx.Node]) -> set[fx.Node]:
+    reached = {start}
+    for node in nodes:
+        if any(a in reached for a in node.all_input_nodes):
+            reached.add(node)
+    return reached
+
+
+def _used_by(nodes: list[fx.Node]) -> set[fx.Node]:
+    return {a for n in nodes for a in n.all_input_nodes}
+
+
+def _generate(
+    lowering: Lowering, steps: list[Step], segments: dict[str, list[fx.Node]], inputs: list[fx.Node],
+    results: list[fx.Node], keep: set[fx.Node], repeated: bool, timer: Callable | None,
+) -> tuple[str, dict[str, Any]]:  # fmt: skip
+    names: dict[str, Any] = {"_clock": time.perf_counter, "_timer": timer}
+    ids: dict[int, str] = {}
+
+    def name_of(thing: Any, prefix: str) -> str:
+        if id(thing) not in ids:
+            ids[id(thing)] = f"_lrp_{prefix}{len(ids)}"
+            names[ids[id(thing)]] = thing
+        return ids[id(thing)]
+
+    def render(arg: Any) -> str:
+        if isinstance(arg, fx.Node):
+            return name_of(lowering.constant(arg.target), "c") if arg.op == "get_attr" else arg.name
+        if isinstance(arg, (list, tuple)):
+            return "[" + ", ".join(map(render, arg)) + "]"
+        if arg is None or isinstance(arg, (bool, int, str)):
+            return repr(arg)
+        return name_of(arg, "k")
+
+    last = _last_uses(steps)
+    lines = [f"def run({', '.join(i.name for i in inputs[:-1])}):"]
+    seeded = set(segments["seeded"])
+    forward_done = False
+    indent = "    "
+    produced = {s.node for s in steps}
+    for index, step in enumerate(steps):
+        if step.node in seeded and not forward_done:
+            forward_done = True
+            lines.append(f"{indent}{inputs[-1].name} = yield {render(results[0])}")
+            if repeated:
+                lines.append(f"{indent}while True:")
+                indent = "        "
+        arguments = ", ".join([*map(render, step.args), *(f"{k}={render(v)}" for k, v in step.kwargs.items())])
+        call = f"{step.node.name} = {name_of(step.function, 'f')}({arguments})"
+        if timer is None:
+            lines.append(indent + call)
+        else:
+            lines.append(f"{indent}_t = _clock(); {call}; _timer({name_of(step.node, 'n')}, {step.note!r}, _clock() - _t)")
+        dead = [n.name for n in last.get(index, []) if n not in keep and (n in produced or n in inputs[:-1])]
+        if repeated and forward_done:
+            dead = [d for d in dead if d in {n.name for n in seeded}]
+        if dead:
+            lines.append(f"{indent}del {', '.join(dead)}")
+    if not forward_done:
+        lines.append(f"{indent}{inputs[-1].name} = yield {render(results[0])}")
+    relevances = ", ".join(render(r) for r in results[1:])
+    lines.append(f"{indent}{inputs[-1].name} = yield ({relevances},)")
+    return "\n".join(lines) + "\n", names
+
+
+def _last_uses(steps: list[Step]) -> dict[int, list[fx.Node]]:
+    last: dict[fx.Node, int] = {}
+    for index, step in enumerate(steps):
+        last[step.node] = index
+        for node in _nodes_in((step.args, step.kwargs)):
+            last[node] = index
+    result: dict[int, list[fx.Node]] = {}
+    for node, index in last.items():
+        if node.op != "get_attr":
+            result.setdefault(index, []).append(node)
+    return result
+
+
+def _nodes_in(arg: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg(arg, found.append)
+    return found

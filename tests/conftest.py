@@ -1,0 +1,31 @@
+"""What every test shares: one hypothesis profile, two threads, and a fixed random state."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+# Each example compiles a network, which takes a good part of a second: no deadline, few examples. The draws are the same in every run,
+# so that a failure is a failure of the change at hand; LRPFAST_HYPOTHESIS=explore looks further.
+hypothesis.settings.register_profile(
+    "fixed",
+    max_examples=25,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.register_profile("explore", parent=hypothesis.settings.get_profile("fixed"), max_examples=300, derandomize=False)
+hypothesis.settings.load_profile(os.environ.get("LRPFAST_HYPOTHESIS", "fixed"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than a few seconds")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_random_state() -> None:
+    torch.manual_seed(0)
