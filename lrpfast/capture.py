@@ -10,6 +10,7 @@ The model is only read: parameters enter the program as they are, detached and s
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import traceback
 import warnings
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from lrpfast.errors import CaptureError, InputError
+from lrpfast.errors import CaptureError, InputError, LrpfastError
 from lrpfast.graph import Builder, Program
 
 aten = torch.ops.aten
@@ -51,12 +52,15 @@ def capture(model: torch.nn.Module | ExportedProgram, inputs: tuple[torch.Tensor
     CaptureError
         The model cannot be captured; the message names the place in the user's code.
     """
-    if isinstance(model, ExportedProgram):
-        exported = _functional(model)
-    else:
+    if isinstance(model, torch.nn.Module):
         _check_mode(model)
-        exported = _export(model, _at_least_two(inputs))
-    return _read(exported)
+    try:
+        exported = model if isinstance(model, ExportedProgram) else _export(model, _at_least_two(inputs))
+        return _read(_functional(exported))
+    except LrpfastError:
+        raise
+    except Exception as error:
+        raise CaptureError(_explain_failure(model, inputs, error)) from error
 
 
 def _check_mode(model: torch.nn.Module) -> None:
@@ -76,19 +80,13 @@ def _at_least_two(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
 
 def _export(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> ExportedProgram:
     shapes = tuple({0: Dim.DYNAMIC} for _ in inputs)
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            exported = torch.export.export(model, inputs, dynamic_shapes=_nest(model, shapes), strict=False)
-    except Exception as error:
-        raise CaptureError(_explain_failure(model, inputs, error)) from error
-    return _functional(exported)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        return torch.export.export(model, inputs, dynamic_shapes=_nest(model, shapes), strict=False)
 
 
 def _nest(model: torch.nn.Module, shapes: tuple) -> tuple:
     """`*args` in a forward takes its specs nested once more."""
-    import inspect
-
     parameters = list(inspect.signature(model.forward).parameters.values())
     nested: list[Any] = []
     rest = list(shapes)
@@ -107,7 +105,7 @@ def _functional(exported: ExportedProgram) -> ExportedProgram:
         return exported.run_decompositions({})
 
 
-def _explain_failure(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], error: Exception) -> str:
+def _explain_failure(model: torch.nn.Module | ExportedProgram, inputs: tuple[torch.Tensor, ...], error: Exception) -> str:
     """Say where in the user's code the capture failed, and why, without torch's pages of advice."""
     shapes = ", ".join(f"[batch, {', '.join(map(str, x.shape[1:]))}]" for x in inputs)
     reason = str(error).strip().split("\n")[0] or type(error).__name__
@@ -123,9 +121,9 @@ def _explain_failure(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], e
     )
 
 
-def _place(model: torch.nn.Module, error: BaseException) -> str:
+def _place(model: torch.nn.Module | ExportedProgram, error: BaseException) -> str:
     """The deepest frame that runs a forward of one of the model's modules outside of torch."""
-    paths = {id(m): n for n, m in model.named_modules()}
+    paths = {id(m): n for n, m in model.named_modules()} if isinstance(model, torch.nn.Module) else {}
     torch_folder = str(Path(torch.__file__).parent)
     place = ""
     current: BaseException | None = error

@@ -73,20 +73,23 @@ def check_seed(seed: str) -> Seed:
     return Seed(seed)
 
 
+def refuse_classes(shape: Sequence[Any]) -> None:
+    """Raise the TargetError of an output in which a class does not name one value."""
+    raise TargetError(
+        f"the model's output has the shape [N, {', '.join(map(str, shape[1:]))}], so a class does not name one value; give the "
+        "relevance at the output as the target, a floating-point tensor of this shape"
+    )
+
+
 def resolve_target(target: int | Sequence[int] | torch.Tensor | None, output: torch.Tensor) -> torch.Tensor:
     """Class indices, int64 ``[N]`` or ``[N, K]``, on the output's device.
 
     Raises
     ------
     TargetError
-        A wrong shape, dtype or value; or an output that has no classes in dim 1.
+        A wrong shape, dtype or value.
     """
     batch = output.shape[0]
-    if output.dim() > 2:
-        raise TargetError(
-            f"the model's output has the shape {list(output.shape)}, so a class does not name one value; give the relevance "
-            "at the output as the target, a floating-point tensor of this shape"
-        )
     classes = output.shape[1] if output.dim() == 2 else 1
     if target is None:
         return output.argmax(1) if output.dim() == 2 and classes > 0 and batch > 0 else _zeros(output)

@@ -1,11 +1,13 @@
 """The main job from end to end in a minute, without a download: `python -m lrpfast.demo -o demo/`.
 
-A small convolutional network learns scikit-learn's handwritten digits; a test image of every class is explained under several
-composites, for its own class and for its strongest rival; the maps go to a contact sheet. Then the explanation is saved as a program,
-and a process that never saw the network explains the same images with it and must find the same maps.
+A small convolutional network learns scikit-learn's handwritten digits; a test image of every class is explained under
+several composites, for its own class and for its strongest rival; the maps go to a contact sheet. Then the
+explanation is saved as a program, and a process that never saw the network explains the same images with it and must
+find the same maps.
 
-The digits are 8 x 8; they are enlarged to 32 x 32 first, so that the network has three scales to look at and a map has strokes rather than
-blocks. They are rounded to 8 bits there, so that the images written for the second process are exactly the inputs.
+The digits are 8 x 8; they are enlarged to 32 x 32 first, so that the network has three scales to look at and a map
+has strokes rather than blocks. They are rounded to 8 bits there, so that the images written for the second process
+are exactly the inputs.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ from torch import Tensor, nn
 import lrpfast
 from lrpfast import composites, viz
 from lrpfast.errors import LrpfastError, MissingDependencyError, ProgramError
-from lrpfast.files import check_writable, make_folder, replacing
+from lrpfast.files import check_writable, make_folder
 from lrpfast.images import Preprocessing
+from lrpfast.models import Loaded
 
+SPEC = "lrpfast.demo:network"
 SIZE = 32
 PREPROCESSING = Preprocessing(size=(SIZE, SIZE), resize=(SIZE, SIZE), mean=(0.0,), std=(1.0,))
 CLASSES = tuple("0123456789")
@@ -65,7 +69,7 @@ def digits() -> tuple[Tensor, Tensor]:
         scikit-learn, which holds the images, is not installed.
     """
     try:
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
     except ImportError as error:
         raise MissingDependencyError("the demo needs scikit-learn's digits: pip install scikit-learn") from error
     data = load_digits()
@@ -74,7 +78,9 @@ def digits() -> tuple[Tensor, Tensor]:
         for image in data.images
     ]
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images]))[order], torch.from_numpy(data.target)[order]
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images]))[order], torch.from_numpy(data.target)[
+        order
+    ]
 
 
 def train(images: Tensor, classes: Tensor) -> nn.Module:
@@ -108,7 +114,7 @@ def explainers(model: nn.Module, inputs: Tensor) -> Iterator[tuple[str, lrpfast.
 
 
 def sheet(images: Tensor, pairs: Tensor, maps: dict[str, Tensor], cell: int = 96) -> Image.Image:
-    """Lay out the images [N, H, W], and beside each its maps [N, 2, H, W] for its class and for the rival, a composite after another."""
+    """Lay out images [N, H, W], and beside each its maps [N, 2, H, W]: its class, its rival, a composite a column."""
     rows = []
     for index, image in enumerate(images):
         row: list[Image.Image | None] = [Image.fromarray(255 - image.numpy())]
@@ -167,19 +173,22 @@ def run(output: Path, figure: Path | None) -> None:
         _say(began, f"figure: {figure}")
 
     program = output / "digits-lrp.pt2"
-    with replacing(program) as temporary:
-        extra = {"model": "lrpfast.demo:network", "preprocessing": PREPROCESSING.to_dict(), "categories": list(CLASSES)}
-        explainer.save(temporary, extra=extra)
+    explainer.save(program, extra=Loaded(SPEC, preprocessing=PREPROCESSING, categories=CLASSES).describe())
     _say(began, f"saved program: {program} ({program.stat().st_size / 2**20:.1f} MiB)")
     folder = make_folder(output / "digits")
     for digit, image in zip(CLASSES, images, strict=True):
         viz.save(Image.fromarray(image.numpy()), folder / f"{digit}.png")
-    difference = reproduce(program, folder, output / "explained", explainer(inputs).relevance)
-    _say(began, f"another process loaded the program and explained {folder}: the maps differ by {difference:.0e} at most")
+    expected = explainer(inputs).relevance
+    assert isinstance(expected, Tensor)
+    difference = reproduce(program, folder, output / "explained", expected)
+    _say(
+        began, f"another process loaded the program and explained {folder}: the maps differ by {difference:.0e} at most"
+    )
 
 
 def reproduce(program: Path, folder: Path, output: Path, expected: Tensor) -> float:
-    """Explain a folder of images with a saved program in another process, and compare the relevance with what is expected.
+    """Explain a folder of images with a saved program in another process, and compare the relevance with what is
+    expected.
 
     Returns
     -------
@@ -198,7 +207,9 @@ def reproduce(program: Path, folder: Path, output: Path, expected: Tensor) -> fl
     found = torch.stack([torch.from_numpy(np.load(output / f"{digit}.npy")) for digit in CLASSES])
     difference = ((found - expected).abs().max() / expected.abs().max()).item()
     if not difference < 1e-5:
-        raise ProgramError(f"the maps of {program} differ from the explainer's by {difference:.1e} of the largest relevance")
+        raise ProgramError(
+            f"the maps of {program} differ from the explainer's by {difference:.1e} of the largest relevance"
+        )
     return difference
 
 
@@ -207,10 +218,14 @@ def _say(began: float, text: str) -> None:
 
 
 @click.command()
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, metavar="FOLDER")
-@click.option("--figure", type=click.Path(path_type=Path), metavar="FILE.png", help="Also write the contact sheet here.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, metavar="FOLDER"
+)
+@click.option(
+    "--figure", type=click.Path(path_type=Path), metavar="FILE.png", help="Also write the contact sheet here."
+)
 def main(output: Path, figure: Path | None) -> None:
-    """Train a network on handwritten digits, explain it, save its explanation and use the saved one in another process."""
+    """Train a network on digits, explain it, save its explanation, and use the saved one in another process."""
     try:
         run(output, figure)
     except LrpfastError as error:

@@ -27,7 +27,7 @@ from lrpfast.explanation import Explanation
 from lrpfast.graph import Program
 from lrpfast.ops import native
 from lrpfast.plan import Plan, make_plan
-from lrpfast.relevance import Joint, Seed, transform
+from lrpfast.relevance import Joint, Seed, default_seed, transform
 from lrpfast.runtime import Executor
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,6 +46,10 @@ class Compiled:
     fingerprint: tuple
     _joints: dict[Seed, Joint] = dataclasses.field(default_factory=dict)
     _executors: dict[tuple[Seed, bool], Executor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def default_seed(self) -> Seed:
+        return default_seed(self.program)
 
     def joint(self, seed: Seed) -> Joint:
         if seed not in self._joints:
@@ -116,7 +120,8 @@ class Explainer:
         if example_inputs is not None:
             inputs = checks.as_inputs(example_inputs)
             checks.check_inputs(inputs, self._parameters(), finite=False)
-            self._compile(inputs).executor(Seed.LOGIT, False)
+            compiled = self._compile(inputs)
+            compiled.executor(compiled.default_seed, False)
 
     def __call__(
         self,
@@ -149,6 +154,8 @@ class Explainer:
         compiled = self._compile(tensors)
         is_relevance = isinstance(target, torch.Tensor) and target.is_floating_point()
         kind = Seed.TENSOR if is_relevance else chosen
+        if kind is not Seed.TENSOR and compiled.default_seed is Seed.TENSOR:
+            checks.refuse_classes(compiled.program.outputs[0].meta["val"].shape)
         several = isinstance(target, torch.Tensor) and target.dim() == 2 and not is_relevance
         with self._lock:
             executor = compiled.executor(kind, several)
@@ -159,17 +166,19 @@ class Explainer:
         """The plan of the latest program: layer, operation, rule, schedule, cost, and the facts proved; printable."""
         compiled = self._need_compiled("plan")
         with self._lock:
-            return make_plan(compiled.joint(Seed.LOGIT), compiled.executor(Seed.LOGIT, False), self._composite.name)
+            seed = compiled.default_seed
+            return make_plan(compiled.joint(seed), compiled.executor(seed, False), self._composite.name)
 
     @property
     def program(self) -> fx.GraphModule:
         """The joint program of the latest shape: ``(*inputs, target) -> (output, *relevances, *recorded layers)``.
 
-        ``target`` is int64 ``[N]``; -1 stands for the arg max.
+        ``target`` is int64 ``[N]``; -1 stands for the arg max. Where the output has more than two dimensions, the last
+        argument is the relevance at the output in place of the target.
         """
         compiled = self._need_compiled("program")
         with self._lock:
-            return compiled.joint(Seed.LOGIT).program.module()
+            return compiled.joint(compiled.default_seed).program.module()
 
     @property
     def composite(self) -> Composite:
@@ -235,7 +244,7 @@ class Explainer:
     def _joint_for(self, what: str) -> Joint:
         compiled = self._need_compiled(what)
         with self._lock:
-            return compiled.joint(Seed.LOGIT)
+            return compiled.joint(compiled.default_seed)
 
     def _need_compiled(self, what: str) -> Compiled:
         if self._latest is None:
@@ -284,7 +293,7 @@ class Explainer:
         program = canonicalise(captured.program, self._precision)
         rules = assign(program, self._composite)
         compiled = Compiled(program, captured.pack, rules, self._record, self._backend, fingerprint)
-        compiled.joint(Seed.LOGIT)
+        compiled.joint(compiled.default_seed)
         return compiled
 
 

@@ -116,11 +116,15 @@ _SPECIAL: dict[str, Callable[[fx.Node, set[fx.Node]], bool]] = {
 
 
 def depends_on_input(program: Program) -> frozenset[fx.Node]:
-    """The floating-point values (and tuples of them) that the model's inputs reach."""
+    """The values (and tuples of them) that the model's inputs reach.
+
+    A comparison ends the way: what it yields is a mask, which chooses and takes no relevance. Integers and complex numbers
+    do not end it, so that relevance which would have to pass through them meets an operation without a rule, and an error.
+    """
     reached: set[fx.Node] = set()
     for node in program.graph.nodes:
         if node.op == "placeholder" or any(a in reached for a in node.all_input_nodes):
             fake = node.meta.get("val")
-            if isinstance(fake, (tuple, list)) or (isinstance(fake, torch.Tensor) and fake.is_floating_point()):
+            if isinstance(fake, (tuple, list)) or (isinstance(fake, torch.Tensor) and fake.dtype is not torch.bool):
                 reached.add(node)
     return frozenset(reached)

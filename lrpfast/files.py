@@ -1,7 +1,8 @@
 """Files appear whole or not at all.
 
-An explanation of a thousand images can be interrupted at any moment, by a full disk, a signal or an error in image 731. What was
-written until then must be usable, so every file is written to a temporary name in its own folder and renamed when complete.
+An explanation of a thousand images can be interrupted at any moment, by a full disk, a signal or an error in image
+731. What was written until then must be usable, so every file is written to a temporary name in its own folder and
+renamed when complete.
 """
 
 import contextlib
@@ -28,7 +29,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         The file cannot be written (an `OSError` within the block, or of the renaming).
     """
     path = Path(path)
-    # Short whatever the length of `path.name`, hidden from globs; the suffix stays because writers read the format from it.
+    # Short whatever the length of `path.name`, hidden from globs; the suffix stays because writers read the format
+    # from it.
     temporary = path.with_name(f".lrpfast-{secrets.token_hex(8)}{path.suffix}")
     try:
         yield temporary
@@ -58,7 +60,9 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OutputError(f"the output folder {folder} cannot be written: {error.strerror or error} ({existing})") from error
+        raise OutputError(
+            f"the output folder {folder} cannot be written: {error.strerror or error} ({existing})"
+        ) from error
 
 
 def make_folder(folder: str | os.PathLike[str]) -> Path:

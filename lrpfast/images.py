@@ -1,9 +1,9 @@
 """From image files to a model's input, and back to the picture that the model saw.
 
-A network's preprocessing is part of the network: with another resize or another normalisation the classes and the maps are wrong
-without any sign of it. So it is one plain record here, which can be read from torchvision's and timm's descriptions, is stored as JSON in a
-saved program, and is carried out with Pillow alone, bit for bit as torchvision and timm do it on Pillow images. A program can then
-be used on a machine that has neither.
+A network's preprocessing is part of the network: with another resize or another normalisation the classes and the
+maps are wrong without any sign of it. So it is one plain record here, which can be read from torchvision's and timm's
+descriptions, is stored as JSON in a saved program, and is carried out with Pillow alone, bit for bit as torchvision
+and timm do it on Pillow images. A program can then be used on a machine that has neither.
 """
 
 from __future__ import annotations
@@ -15,17 +15,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lrpfast.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
-SUFFIXES = frozenset(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .avif .jp2 .tga".split())
+SUFFIXES = frozenset(
+    (
+        ".jpg",
+        ".jpeg",
+        ".jfif",
+        ".png",
+        ".webp",
+        ".bmp",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".avif",
+        ".tga",
+    )
+)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_INTERPOLATIONS = {name.lower(): Image.Resampling[name] for name in ("NEAREST", "BILINEAR", "BICUBIC", "LANCZOS", "BOX", "HAMMING")}
+_INTERPOLATIONS = {
+    name.lower(): Image.Resampling[name] for name in ("NEAREST", "BILINEAR", "BICUBIC", "LANCZOS", "BOX", "HAMMING")
+}
 _MODES = ("center", "squash", "border")
 
 
@@ -35,8 +54,9 @@ def find(paths: Sequence[str | os.PathLike[str]], exclude: str | os.PathLike[str
     Parameters
     ----------
     paths
-        Files and folders. A file is taken whatever its name, also one that does not exist: reading it tells. In folders, files with
-        a suffix of `SUFFIXES` are taken in the order of their names; hidden files and folders are passed over.
+        Files and folders. A file is taken whatever its name, also one that does not exist: reading it tells. In
+        folders, files with a suffix of `SUFFIXES` are taken in the order of their names; hidden files and folders are
+        passed over.
     exclude
         A folder that is not searched: the one that results go to, which may lie inside.
 
@@ -77,7 +97,8 @@ def read(path: str | os.PathLike[str], channels: int = 3) -> Image.Image:
     Raises
     ------
     InputError
-        The file is absent, is no image or a damaged one, or holds pixels that are no brightness from 0 to a known maximum.
+        The file is absent, is no image or a damaged one, or holds pixels that are no brightness from 0 to a known
+        maximum.
     """
     try:
         with Image.open(path) as file:
@@ -93,7 +114,7 @@ def read(path: str | os.PathLike[str], channels: int = 3) -> Image.Image:
         raise
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise InputError(f"{path} is not an image that can be read") from error
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         # What Pillow's decoders raise for damaged files differs by format.
@@ -109,14 +130,16 @@ class Preprocessing:
     size
         (height, width) of the model's input.
     resize
-        (height, width) that the image is resized towards before `size` is cut from its centre (or padded, where it is smaller).
+        (height, width) that the image is resized towards before `size` is cut from its centre (or padded, where it is
+        smaller).
     mode
-        How it is resized. "center": the sides keep their ratio and cover `resize`; "squash": exactly to `resize`; "border": the sides
-        keep their ratio and fit into `resize`, and the borders have the mean colour.
+        How it is resized. "center": the sides keep their ratio and cover `resize`; "squash": exactly to `resize`;
+        "border": the sides keep their ratio and fit into `resize`, and the borders have the mean colour.
     interpolation
         A resampling filter of Pillow, in lower case.
     mean, std
-        Of each channel, for values in [0, 1]: the input is `(value - mean) / std`. Their length is the number of channels, 3 or 1.
+        Of each channel, for values in [0, 1]: the input is `(value - mean) / std`. Their length is the number of
+        channels, 3 or 1.
 
     Raises
     ------
@@ -135,7 +158,9 @@ class Preprocessing:
         if min(*self.size, *self.resize) < 1:
             raise InputError(f"image sizes must be positive, got size {self.size} and resize {self.resize}")
         if self.mode not in _MODES or self.interpolation not in _INTERPOLATIONS:
-            raise InputError(f"unknown mode {self.mode!r} or interpolation {self.interpolation!r} of an image's preprocessing")
+            raise InputError(
+                f"unknown mode {self.mode!r} or interpolation {self.interpolation!r} of an image's preprocessing"
+            )
         if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
             raise InputError(
                 f"mean {self.mean} and std {self.std}: both need 3 numbers (RGB) or both 1 (grey), one a channel"
@@ -183,13 +208,16 @@ class Preprocessing:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, as JSON can hold them."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
+        }
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Preprocessing:
         """Undo `to_dict`. Raises `InputError` where the fields are not those of a preprocessing."""
         try:
-            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+            return cls(**values)
         except TypeError as error:
             raise InputError(f"not a preprocessing: {fields}") from error
 

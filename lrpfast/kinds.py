@@ -10,7 +10,7 @@ from lrpfast.graph import operation_name
 ACTIVATIONS = frozenset({
     "relu", "leaky_relu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish", "hardtanh", "tanh",
     "sigmoid", "hardsigmoid", "softplus", "softsign", "log_sigmoid", "softshrink", "hardshrink", "tanhshrink", "rrelu",
-    "rrelu_with_noise", "clamp", "clamp_min", "clamp_max", "erf", "sin", "arctan", "atan", "threshold",
+    "rrelu_with_noise", "clamp", "clamp_min", "clamp_max", "erf", "arctan", "atan", "threshold",
 })  # fmt: skip
 NORMS = frozenset({"layer_norm", "group_norm", "instance_norm", "rms_norm"})
 AVERAGES = frozenset({

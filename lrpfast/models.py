@@ -1,8 +1,9 @@
 """Find and load a model from the few words that a person types, together with what its images and classes mean.
 
-A spec is `torchvision:NAME`, `timm:NAME`, `path/to/program.pt2` or `package.module:factory`. Each kind has one loader here, and all give the
-same record, `Loaded`: the model in eval mode (or the saved program), how images become its input, and the names of its classes.
-What is wrong with a spec, a set of weights or a checkpoint is found here, before anything is computed or written.
+A spec is `torchvision:NAME`, `timm:NAME`, `path/to/program.pt2` or `package.module:factory`. Each kind has one loader
+here, and all give the same record, `Loaded`: the model in eval mode (or the saved program), how images become its
+input, and the names of its classes. What is wrong with a spec, a set of weights or a checkpoint is found here, before
+anything is computed or written.
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ import dataclasses
 import difflib
 import importlib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 import lrpfast
-from lrpfast.errors import InputError, LrpfastError, MissingDependencyError, ModelError
+from lrpfast.errors import LrpfastError, MissingDependencyError, ModelError, ProgramError
+from lrpfast.export import SavedProgram
 from lrpfast.images import Preprocessing
 
 SPECS = "torchvision:NAME, timm:NAME, path/to/program.pt2 or package.module:factory"
@@ -36,9 +40,9 @@ class Loaded:
     spec
         What it was loaded from.
     model
-        The module, in eval mode; None for a saved program.
+        The module, in eval mode, or the exported program of one; None for a saved explanation.
     program
-        The saved program; None for a module.
+        The saved explanation; None for a model.
     preprocessing
         From image to input.
     categories
@@ -48,11 +52,19 @@ class Loaded:
     """
 
     spec: str
-    model: nn.Module | None = None
-    program: Any = None
+    model: nn.Module | ExportedProgram | None = None
+    program: SavedProgram | None = None
     preprocessing: Preprocessing = dataclasses.field(default_factory=Preprocessing)
     categories: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a saved program of this model keeps of it: `load` reads it from the program's `extra`."""
+        return {
+            "model": self.spec,
+            "preprocessing": self.preprocessing.to_dict(),
+            "categories": list(self.categories),
+        }
 
     def class_index(self, target: str) -> int:
         """The index of a class given as an index or a name.
@@ -73,7 +85,9 @@ class Loaded:
         if matches:
             raise ModelError(f"several classes are called {target!r}: give one of the indices {matches}")
         if not names:
-            raise ModelError(f"target {target!r}: the names of the classes are not known here; give an index, or the names")
+            raise ModelError(
+                f"target {target!r}: the names of the classes are not known here; give an index, or the names"
+            )
         raise ModelError(f"no class is called {target!r}{_nearest(target, self.categories)}")
 
 
@@ -89,12 +103,13 @@ def load(
     Parameters
     ----------
     spec
-        `torchvision:NAME` and `timm:NAME`: an architecture of these libraries. `path/to/program.pt2`: a program saved by lrpfast.
-        `package.module:factory`: a module, or something that is called without arguments and returns one.
+        `torchvision:NAME` and `timm:NAME`: an architecture of these libraries. `path/to/program.pt2`: an explanation that
+        lrpfast saved, or a model that `torch.export` saved. `package.module:factory`: a module, or something that is
+        called without arguments and returns one.
     weights
-        Pretrained weights of torchvision ("DEFAULT", "IMAGENET1K_V2", ...) or timm ("DEFAULT", or a tag such as "a1_in1k").
-        None without a checkpoint: random weights, the same ones every time, and a note that says so (a factory's model keeps
-        the weights that the factory gave it).
+        Pretrained weights of torchvision ("DEFAULT", "IMAGENET1K_V2", ...) or timm ("DEFAULT", or a tag such as
+        "a1_in1k"). None without a checkpoint: random weights, the same ones every time, and a note that says so (a
+        factory's model keeps the weights that the factory gave it).
     checkpoint
         A file of weights: a state dict, also under "state_dict", "model_state_dict" or "model"; .safetensors too.
     num_classes
@@ -109,7 +124,7 @@ def load(
     ModelError
         No such model or weights, a factory that fails, a checkpoint that cannot be read or does not fit.
     ProgramError
-        A .pt2 file that is no program of lrpfast.
+        A .pt2 file that is neither an explanation nor a model.
     MissingDependencyError
         torchvision, timm or safetensors is asked for and not installed.
     """
@@ -121,7 +136,9 @@ def load(
     if not colon or not source or not name:
         raise ModelError(f"{spec!r} names no model; use {SPECS}")
     if source not in _LIBRARIES and (weights is not None or num_classes is not None):
-        raise ModelError(f"weights and a number of classes can be chosen for torchvision and timm models, not for {spec!r}")
+        raise ModelError(
+            f"weights and a number of classes can be chosen for torchvision and timm models, not for {spec!r}"
+        )
     # Random weights must not differ from run to run, nor the caller's random numbers depend on what is loaded.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
@@ -129,13 +146,14 @@ def load(
             loaded = _LIBRARIES[source](name, weights, num_classes)
         else:
             loaded = Loaded(spec, model=_from_factory(spec))
-    assert loaded.model is not None
+    model = loaded.model
+    assert isinstance(model, nn.Module)
     if checkpoint is not None:
-        load_checkpoint(loaded.model, checkpoint)
+        load_checkpoint(model, checkpoint)
     elif weights is None and source in _LIBRARIES:
         note = f"{spec} has random weights: its classes and maps mean nothing. Give weights (DEFAULT) or a checkpoint"
         loaded = dataclasses.replace(loaded, notes=(*loaded.notes, note))
-    loaded.model.eval()
+    model.eval()
     return loaded
 
 
@@ -147,8 +165,8 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     Raises
     ------
     ModelError
-        The file cannot be read, or holds no state dict, or does not fit: the message names keys that are missing, unexpected
-        or of another shape.
+        The file cannot be read, or holds no state dict, or does not fit: the message names keys that are missing,
+        unexpected or of another shape.
     MissingDependencyError
         A .safetensors file, and safetensors is not installed.
     """
@@ -163,39 +181,90 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         for key in expected
         if key in state and state[key].shape != expected[key].shape
     ]
-    problems = [_listed(*kind) for kind in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)) if kind[1]]
+    problems = [
+        _listed(*kind)
+        for kind in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+        if kind[1]
+    ]
     if problems:
-        hint = " (for another number of classes, build the model with it)" if reshaped and not missing and not unexpected else ""
+        hint = (
+            " (for another number of classes, build the model with it)"
+            if reshaped and not missing and not unexpected
+            else ""
+        )
         raise ModelError(f"the checkpoint {path} does not fit the model: {'; '.join(problems)}{hint}")
     model.load_state_dict(state, strict=False)
 
 
 def _load_program(spec: str, weights: str | None, checkpoint: Any, num_classes: int | None) -> Loaded:
     if weights is not None or checkpoint is not None or num_classes is not None:
-        raise ModelError(f"{spec} is a saved program, which has its weights within: weights, checkpoint and classes cannot be chosen")
+        raise ModelError(
+            f"{spec} is a saved program, which has its weights within: weights, checkpoint and classes cannot be chosen"
+        )
     if not Path(spec).is_file():
         raise ModelError(f"there is no program {spec}")
-    program = lrpfast.load(spec)
-    extra = program.metadata.get("extra") or {}
-    known = extra.get("preprocessing")
-    if known is not None:
-        return Loaded(spec, program=program, preprocessing=Preprocessing.from_dict(known), categories=tuple(extra.get("categories", ())))
-    note = f"{spec} does not say how its images were prepared; resizing, cropping and normalising as for ImageNet"
-    return Loaded(spec, program=program, categories=tuple(extra.get("categories", ())), notes=(note,))
+    try:
+        program = lrpfast.load(spec)
+    except ProgramError:
+        exported = _read_exported(spec)
+        if exported is None:
+            raise
+        shapes = [meta.shape[1:] for meta in _inputs(exported)]
+        preprocessing, note = _assumed(spec, shapes)
+        return Loaded(spec, model=exported, preprocessing=preprocessing, notes=(note,))
+    extra = program.metadata["extra"]
+    categories = tuple(extra.get("categories", ()))
+    if "preprocessing" in extra:
+        known = Preprocessing.from_dict(extra["preprocessing"])
+        return Loaded(spec, program=program, preprocessing=known, categories=categories)
+    preprocessing, note = _assumed(spec, program.metadata["input_shapes"])
+    return Loaded(spec, program=program, preprocessing=preprocessing, categories=categories, notes=(note,))
+
+
+def _read_exported(path: str) -> ExportedProgram | None:
+    """Read a model that `torch.export.save` wrote; None if it is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.load(path)
+    except Exception:
+        return None
+
+
+def _inputs(exported: ExportedProgram) -> list[torch.Tensor]:
+    named = {node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"}
+    return [named[name] for name in exported.graph_signature.user_inputs if name in named]
+
+
+def _assumed(spec: str, shapes: Sequence[Sequence[int]]) -> tuple[Preprocessing, str]:
+    """What images are assumed to need where only the shape of the input is known, and a note that says so."""
+    if len(shapes) != 1 or len(shapes[0]) != 3 or shapes[0][0] not in (1, 3):
+        takes = ", ".join(str([int(side) for side in shape]) for shape in shapes)
+        raise ModelError(f"{spec} takes {takes or 'no tensor'} a sample; images give [3, H, W] or [1, H, W]")
+    channels, height, width = map(int, shapes[0])
+    resize = (round(height * 256 / 224), round(width * 256 / 224))
+    if channels == 3:
+        note = f"{spec} does not say how its images were prepared; assuming ImageNet's mean and standard deviation"
+        return Preprocessing(size=(height, width), resize=resize), note
+    note = f"{spec} does not say how its images were prepared; assuming values in 0..1"
+    return Preprocessing(size=(height, width), resize=resize, mean=(0.0,), std=(1.0,)), note
 
 
 def _from_torchvision(name: str, weights: str | None, num_classes: int | None) -> Loaded:
     models = _import_library("torchvision.models", "torchvision")
     spec = f"torchvision:{name}"
     if name not in models.list_models(module=models):
-        raise ModelError(f"torchvision has no classification model {name!r}{_nearest(name, models.list_models(module=models))}")
+        raise ModelError(
+            f"torchvision has no classification model {name!r}{_nearest(name, models.list_models(module=models))}"
+        )
     known = models.get_model_weights(name)
     chosen = None if weights is None else _torchvision_weights(spec, known, weights)
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if chosen is None and name in ("googlenet", "inception_v3"):
         options["init_weights"] = False  # half a minute of truncated normal draws, and a warning where it is not said
     model = _build(spec, weights, lambda: models.get_model(name, weights=chosen, **options))
-    # An architecture without pretrained weights still has the sizes that its oldest weights were made for (inception: 299).
+    # An architecture without pretrained weights still has the sizes that its oldest weights were made for (inception:
+    # 299).
     like = chosen if chosen is not None else next(iter(known), None)
     preprocessing = Preprocessing() if like is None else _of_torchvision_preset(like.transforms())
     categories = () if chosen is None else tuple(chosen.meta["categories"])
@@ -268,14 +337,19 @@ def _from_factory(spec: str) -> nn.Module:
         target = getattr(target, name)
     if not isinstance(target, nn.Module):
         if not callable(target):
-            raise ModelError(f"{spec} is a {type(target).__name__}; a torch.nn.Module or a callable that returns one is needed")
+            raise ModelError(
+                f"{spec} is a {type(target).__name__}; a torch.nn.Module or a callable that returns one is needed"
+            )
         target = _build(spec, None, target)
     if not isinstance(target, nn.Module):
         raise ModelError(f"{spec} returned a {type(target).__name__}; a torch.nn.Module is needed")
     return target
 
 
-_LIBRARIES: dict[str, Callable[[str, str | None, int | None], Loaded]] = {"torchvision": _from_torchvision, "timm": _from_timm}
+_LIBRARIES: dict[str, Callable[[str, str | None, int | None], Loaded]] = {
+    "torchvision": _from_torchvision,
+    "timm": _from_timm,
+}
 
 
 def _import_library(module: str, package: str) -> Any:
@@ -284,7 +358,9 @@ def _import_library(module: str, package: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != package:
             raise ModelError(f"{package} is installed, but importing it fails: {error}") from error
-        raise MissingDependencyError(f"{package} is not installed, and a {package}: model needs it: pip install {package}") from error
+        raise MissingDependencyError(
+            f"{package} is not installed, and a {package}: model needs it: pip install {package}"
+        ) from error
     except Exception as error:
         # torchvision's compiled part fails in a RuntimeError beside a torch of another version.
         raise ModelError(
@@ -304,8 +380,8 @@ def _build(spec: str, weights: str | None, make: Callable[[], Any]) -> Any:
         if weights is None:
             raise ModelError(f"{spec} cannot be built: {reason}") from error
         raise ModelError(
-            f"{spec} cannot be built with the weights {weights}: {reason}. If they cannot be downloaded here, fetch them "
-            "elsewhere and give the file as a checkpoint"
+            f"{spec} cannot be built with the weights {weights}: {reason}. If they cannot be downloaded here, fetch "
+            "them elsewhere and give the file as a checkpoint"
         ) from error
 
 
@@ -313,7 +389,11 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise ModelError(f"there is no checkpoint {path}")
     try:
-        content = _load_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        content = (
+            _load_safetensors(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except MissingDependencyError:
         raise
     except Exception as error:
@@ -327,9 +407,19 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
-    if not isinstance(content, dict) or not content or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        held = f"keys {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise ModelError(f"the checkpoint {path} holds no state dict, at its top or under {', '.join(_NESTED)}: it has {held}")
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(value, torch.Tensor) for value in content.values())
+    ):
+        held = (
+            f"keys {', '.join(map(str, list(content)[:5]))}"
+            if isinstance(content, dict)
+            else f"a {type(content).__name__}"
+        )
+        raise ModelError(
+            f"the checkpoint {path} holds no state dict, at its top or under {', '.join(_NESTED)}: it has {held}"
+        )
     return content
 
 

@@ -1,12 +1,12 @@
 """Heatmaps as people expect of LRP: zero is white, evidence for the target red, evidence against it blue.
 
 Two choices keep a picture honest. The scale is symmetric around zero, one scale an image (its largest magnitude, or a
-percentile of the magnitudes), so that equal strength has equal colour on either side. And a relevance is one square of pixels:
-nothing is interpolated, because smoothing invents relevance between the pixels that the model saw.
+percentile of the magnitudes), so that equal strength has equal colour on either side. And a relevance is one square
+of pixels: nothing is interpolated, because smoothing invents relevance between the pixels that the model saw.
 
-The colour maps are defined here by their anchor colours and evaluated at each value, rather than looked up in a table of 256
-entries: such a table has no middle entry, so zero would be a faint pink or blue. What is not finite is painted grey, which no
-colour map holds: it is visible, and is neither for nor against.
+The colour maps are defined here by their anchor colours and evaluated at each value, rather than looked up in a table
+of 256 entries: such a table has no middle entry, so zero would be a faint pink or blue. What is not finite is painted
+grey, which no colour map holds: it is visible, and is neither for nor against.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def normalise(heatmap: Any, percentile: float | None = None) -> np.ndarray:
     heatmap
         [H, W] tensor or array, any real dtype.
     percentile
-        None: the largest finite magnitude becomes 1. A number in (0, 100]: that percentile of the magnitudes becomes 1 and what is
-        stronger is clipped, so that a few outliers do not bleach the rest. Where the percentile is zero (nearly all of the map is)
-        the largest magnitude is used.
+        None: the largest finite magnitude becomes 1. A number in (0, 100]: that percentile of the magnitudes becomes
+        1 and what is stronger is clipped, so that a few outliers do not bleach the rest. Where the percentile is zero
+        (nearly all of the map is) the largest magnitude is used.
 
     Returns
     -------
@@ -74,7 +74,7 @@ def normalise(heatmap: Any, percentile: float | None = None) -> np.ndarray:
 
 
 def colourise(values: np.ndarray, colormap: str = "bwr") -> np.ndarray:
-    """Colours of values in [-1, 1]: [H, W] to uint8 [H, W, 3]; NaN is grey. Raises `InputError` for an unknown colour map."""
+    """Colours of values in [-1, 1], [H, W] to uint8 [H, W, 3]; NaN is grey. Raises `InputError` for an unknown map."""
     if colormap not in COLORMAPS:
         raise InputError(f"no colour map {colormap!r}; there are {', '.join(COLORMAPS)}")
     anchors = np.asarray(COLORMAPS[colormap], dtype=np.float64)
@@ -100,7 +100,8 @@ def render(
     colormap
         A name in `COLORMAPS`.
     size
-        (height, width) of the picture in pixels. None: a pixel a relevance. Each relevance becomes a block of its one colour.
+        (height, width) of the picture in pixels. None: a pixel a relevance. Each relevance becomes a block of its one
+        colour.
 
     Returns
     -------
@@ -123,8 +124,8 @@ def overlay(
 ) -> Image.Image:
     """Paint a heatmap over the image that it explains.
 
-    The image is shown in grey and lightened, so that the only colours are those of relevance. A relevance covers the image with the
-    full colour of its sign, as opaque as the relevance is strong.
+    The image is shown in grey and lightened, so that the only colours are those of relevance. A relevance covers the
+    image with the full colour of its sign, as opaque as the relevance is strong.
 
     Parameters
     ----------
@@ -165,8 +166,8 @@ def contact_sheet(
     Parameters
     ----------
     rows
-        Pictures of any size and mode, row by row; rows may differ in length, and None leaves a cell empty. A picture smaller than
-        a cell is enlarged by whole pixels, a larger one is made smaller.
+        Pictures of any size and mode, row by row; rows may differ in length, and None leaves a cell empty. A picture
+        smaller than a cell is enlarged by whole pixels, a larger one is made smaller.
     row_labels, column_labels
         Texts at the left of the rows and above the columns; a newline breaks the line.
     cell
@@ -234,8 +235,8 @@ def save_array(array: np.ndarray, path: str | os.PathLike[str]) -> None:
 def save_explanation(explanation: Explanation, path: str | os.PathLike[str]) -> None:
     """Render an explanation to the one file `path`.
 
-    One map is written as it is, a pixel a relevance. Several are one contact sheet, so that the file asked for is the file that
-    appears: a row a sample, and a column a target where there are several; each map has its own scale.
+    One map is written as it is, a pixel a relevance. Several are one contact sheet, so that the file asked for is the
+    file that appears: a row a sample, and a column a target where there are several; each map has its own scale.
 
     Raises
     ------

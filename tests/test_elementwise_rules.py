@@ -48,7 +48,11 @@ def test_activation_passes(name: str):
     for top in TOPS:
         branches.add(name, SHAPE, build, top)
     x = torch.tensor([-3.0, -1.0, -1e-3, 0.0, 0.0, 1e-3, 0.5, 7.0], dtype=torch.float64).repeat(2, 1)
-    alone = lambda net, h, prefix: net.module("pass", f"{prefix}act", ACTIVATIONS[name](), h)  # noqa: E731
+
+    def alone(net: Net, h: int, prefix: str) -> int:
+        h = net.op("route", torch.clone, h)  # an in-place activation must not change the model's own input
+        return net.module("pass", f"{prefix}act", ACTIVATIONS[name](), h)
+
     for top in TOPS:
         branches.add(f"{name} alone", x, alone, top)
     branches.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
@@ -24,10 +25,14 @@ def noise(height: int, width: int, mode: str = "RGB") -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
 
 
+@pytest.fixture
+def torchvision():
+    return importlib.import_module("tests.torchvision_shim")
+
+
 class TestPreprocessing:
     @pytest.mark.parametrize("size", SIZES)
-    def test_equals_torchvision(self, size):
-        import tests.torchvision_shim  # noqa: F401
+    def test_equals_torchvision(self, torchvision, size):
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms._presets import ImageClassification
 
@@ -38,9 +43,7 @@ class TestPreprocessing:
             assert torch.equal(ours.tensor(ours.view(image)), theirs(image)), (crop, resize, how)
 
     @pytest.mark.parametrize("size", SIZES)
-    def test_equals_timm(self, size):
-        import tests.torchvision_shim  # noqa: F401
-
+    def test_equals_timm(self, torchvision, size):
         timm = pytest.importorskip("timm.data.transforms_factory")
         image = noise(*size)
         mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -79,7 +82,9 @@ class TestPreprocessing:
         assert preprocessing.low == pytest.approx((-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225))
 
     def test_survives_json(self):
-        original = Preprocessing(size=(3, 4), resize=(5, 6), mode="border", interpolation="bicubic", mean=(0.1,), std=(0.2,))
+        original = Preprocessing(
+            size=(3, 4), resize=(5, 6), mode="border", interpolation="bicubic", mean=(0.1,), std=(0.2,)
+        )
         assert Preprocessing.from_dict(json.loads(json.dumps(original.to_dict()))) == original
         with pytest.raises(InputError, match="not a preprocessing"):
             Preprocessing.from_dict({"sizes": [3, 4]})
@@ -162,10 +167,21 @@ class TestRead:
 
 class TestFind:
     def test_folders_are_searched_in_order_and_files_taken_as_they_are(self, tmp_path):
-        for name in ("b/2.JPG", "b/1.png", "a.webp", "b/c/3.bmp", "notes.txt", ".hidden.png", ".git/x.png", "out/a-map.png"):
+        for name in (
+            "b/2.JPG",
+            "b/1.png",
+            "a.webp",
+            "b/c/3.bmp",
+            "notes.txt",
+            ".hidden.png",
+            ".git/x.png",
+            "out/a-map.png",
+        ):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).touch()
-        found = images.find([tmp_path / "b" / "1.png", tmp_path, tmp_path / "notes.txt", "absent.png"], tmp_path / "out")
+        found = images.find(
+            [tmp_path / "b" / "1.png", tmp_path, tmp_path / "notes.txt", "absent.png"], tmp_path / "out"
+        )
         relative = [os.path.relpath(path, tmp_path) if path.is_absolute() else str(path) for path in found]
         assert relative == ["b/1.png", "a.webp", "b/2.JPG", "b/c/3.bmp", "notes.txt", "absent.png"]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
-import types
 import urllib.error
 
 import pytest
@@ -12,7 +12,7 @@ from torch import nn
 
 import lrpfast
 from lrpfast import models
-from lrpfast.errors import MissingDependencyError, ModelError
+from lrpfast.errors import MissingDependencyError, ModelError, ProgramError
 from lrpfast.images import Preprocessing
 
 
@@ -61,10 +61,8 @@ class Zoo:
 
 @pytest.fixture
 def torchvision():
-    import tests.torchvision_shim  # noqa: F401
-    import torchvision
-
-    return torchvision
+    importlib.import_module("tests.torchvision_shim")
+    return importlib.import_module("torchvision")
 
 
 class TestFactory:
@@ -115,7 +113,10 @@ class TestCheckpoint:
     @pytest.fixture
     def state(self):
         torch.manual_seed(1)
-        return {key: torch.rand_like(value) if value.is_floating_point() else value for key, value in small().state_dict().items()}
+        return {
+            key: torch.rand_like(value) if value.is_floating_point() else value
+            for key, value in small().state_dict().items()
+        }
 
     @pytest.mark.parametrize("nested", [None, "state_dict", "model", "model_state_dict"])
     @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
@@ -154,7 +155,12 @@ class TestCheckpoint:
         with pytest.raises(ModelError) as caught:
             models.load_checkpoint(model, tmp_path / "net.pt")
         message = str(caught.value)
-        for part in ("net.pt", "missing: 0.bias", "unexpected: extra.bias", "4.weight ([7, 144] in the file, [5, 144] in the model)"):
+        for part in (
+            "net.pt",
+            "missing: 0.bias",
+            "unexpected: extra.bias",
+            "4.weight ([7, 144] in the file, [5, 144] in the model)",
+        ):
             assert part in message
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -274,11 +280,18 @@ class TestTimm:
         assert loaded.model(torch.zeros(1, 3, 64, 64)).shape == (1, 6) and not loaded.model.training
         assert "random weights" in loaded.notes[0]
         config = self.timm.data.resolve_data_config(model=loaded.model)
-        assert loaded.preprocessing.mean == config["mean"] and loaded.preprocessing.interpolation == config["interpolation"]
+        assert (
+            loaded.preprocessing.mean == config["mean"]
+            and loaded.preprocessing.interpolation == config["interpolation"]
+        )
 
     @pytest.mark.parametrize(
         ("spec", "weights", "built"),
-        [("resnet18", "DEFAULT", "resnet18"), ("resnet18", "a1_in1k", "resnet18.a1_in1k"), ("resnet18.a3_in1k", "DEFAULT", "resnet18.a3_in1k")],
+        [
+            ("resnet18", "DEFAULT", "resnet18"),
+            ("resnet18", "a1_in1k", "resnet18.a1_in1k"),
+            ("resnet18.a3_in1k", "DEFAULT", "resnet18.a3_in1k"),
+        ],
     )
     def test_weights_bring_their_preprocessing_and_names(self, monkeypatch, spec, weights, built):
         create, asked = self.timm.create_model, []
@@ -317,24 +330,50 @@ class TestTimm:
 
 
 class TestProgram:
-    def fake(self, monkeypatch, extra):
-        program = types.SimpleNamespace(metadata={"extra": extra})
-        monkeypatch.setattr(lrpfast, "load", lambda path: program, raising=False)
-        return program
+    @pytest.fixture
+    def path(self, tmp_path):
+        return str(tmp_path / "net.pt2")
 
-    def test_brings_its_preprocessing_and_names(self, tmp_path, monkeypatch):
-        preprocessing = Preprocessing(size=(32, 32), resize=(32, 32), mean=(0.0,), std=(1.0,))
-        program = self.fake(monkeypatch, {"preprocessing": preprocessing.to_dict(), "categories": ["a", "b"]})
-        (tmp_path / "net.pt2").touch()
-        loaded = models.load(str(tmp_path / "net.pt2"))
-        assert loaded.program is program and loaded.model is None and loaded.notes == ()
-        assert loaded.preprocessing == preprocessing and loaded.categories == ("a", "b")
+    def save(self, path, channels=3, extra=None, size=(6, 7)):
+        model = nn.Sequential(nn.Conv2d(channels, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(2 * 4 * 5, 3)).eval()
+        lrpfast.Explainer(model, torch.zeros(1, channels, *size)).save(path, extra=extra)
+        return model
 
-    def test_without_them_says_what_is_assumed(self, tmp_path, monkeypatch):
-        self.fake(monkeypatch, None)
-        (tmp_path / "net.pt2").touch()
-        loaded = models.load(str(tmp_path / "net.pt2"))
-        assert loaded.preprocessing == Preprocessing() and "ImageNet" in loaded.notes[0]
+    def test_brings_its_preprocessing_and_names(self, path):
+        preprocessing = Preprocessing(size=(6, 7), resize=(9, 9), mean=(0.0,), std=(1.0,))
+        described = models.Loaded("x", preprocessing=preprocessing, categories=("a", "b", "c")).describe()
+        self.save(path, 1, described)
+        loaded = models.load(path)
+        assert isinstance(loaded.program, lrpfast.export.SavedProgram) and loaded.model is None and loaded.notes == ()
+        assert loaded.preprocessing == preprocessing and loaded.categories == ("a", "b", "c")
+
+    def test_without_them_says_what_is_assumed(self, path):
+        self.save(path)
+        loaded = models.load(path)
+        assert loaded.preprocessing == Preprocessing(size=(6, 7), resize=(7, 8)) and "ImageNet" in loaded.notes[0]
+        self.save(path, 1)
+        loaded = models.load(path)
+        assert loaded.preprocessing == Preprocessing(size=(6, 7), resize=(7, 8), mean=(0.0,), std=(1.0,))
+        assert "values in 0..1" in loaded.notes[0]
+
+    def test_inputs_that_are_no_images_are_refused(self, path):
+        self.save(path, 2)
+        with pytest.raises(ModelError, match=r"takes \[2, 6, 7\] a sample; images give"):
+            models.load(path)
+
+    def test_an_exported_model_is_a_model(self, path):
+        model = self.save(path)
+        example = torch.rand(2, 3, 6, 7)
+        torch.export.save(torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)), path)
+        loaded = models.load(path)
+        assert isinstance(loaded.model, torch.export.ExportedProgram) and loaded.program is None
+        assert loaded.preprocessing.size == (6, 7) and "ImageNet" in loaded.notes[0]
+
+    def test_neither(self, path):
+        with open(path, "wb") as file:
+            file.write(b"nothing")
+        with pytest.raises(ProgramError, match=r"net\.pt2"):
+            models.load(path)
 
     def test_absent_or_with_weights(self, tmp_path):
         with pytest.raises(ModelError, match=r"no program .*absent\.pt2"):
@@ -351,7 +390,8 @@ class TestClassIndex:
         assert [self.loaded.class_index(name) for name in ("3", "cat", "CAT", "dog")] == [3, 0, 0, 1]
 
     @pytest.mark.parametrize(
-        ("name", "message"), [("crane", r"several.*\[2, 3\]"), ("cta", "no class is called 'cta'; did you mean cat"), ("-1", "no class")]
+        ("name", "message"),
+        [("crane", r"several.*\[2, 3\]"), ("cta", "no class is called 'cta'; did you mean cat"), ("-1", "no class")],
     )
     def test_errors(self, name, message):
         with pytest.raises(ModelError, match=message):
@@ -372,5 +412,3 @@ class _Absent:
         if name.partition(".")[0] == self._package:
             raise ModuleNotFoundError(f"No module named {name!r}", name=self._package)
         return None
-
-

@@ -1,7 +1,7 @@
 """What the fused operators compute: every backend against float64, over layouts, dtypes, sizes and special values.
 
-The bound is the project's: an error of at most twice that of torch's own operators in the same dtype. Results are written
-into memory full of NaN, so that an element that was missed shows.
+The bound is the project's: an error of at most twice that of torch's own operators in the same dtype. Results are
+written into memory full of NaN, so that an element that was missed shows.
 """
 
 import math
@@ -13,7 +13,8 @@ from torch import Tensor
 from lrpfast.ops import decompositions, native, reference
 
 EPS = 1e-6
-SHAPES = [(3, 7), (3, 7, 5), (2, 16, 5, 7), (2, 3, 4, 5, 3), (5, 1, 9, 9), (1, 33, 3, 3), (4, 1000), (2, 64, 57, 59)]
+SHAPES = [(3, 7), (3, 7, 5), (2, 16, 5, 7), (2, 3, 4, 5, 3), (5, 1, 9, 9), (1, 33, 3, 3), (4, 1000)]
+LARGE = (2, 64, 57, 59)  # worth several threads
 
 
 def _keep(t: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ def poisoned(like: Tensor) -> Tensor:
 # ---- ratio and ratio_sum ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("eps", [EPS, 0.25, 0.0])
+@pytest.mark.parametrize("eps", [EPS, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -145,7 +146,7 @@ def test_ratio_mixes_dtypes_and_rounds_once(native_alone, message_dtype, denomin
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", DENSE)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, LARGE])
 def test_dense_layouts_run_in_cpp(native_alone, shape, layout, dtype):
     carrier, message, denominator = operands(shape, dtype, DENSE[layout])
     expected = reference.ratio(carrier, message, denominator, EPS)
@@ -180,7 +181,7 @@ def test_one_row_runs_in_cpp(native_alone):
 @pytest.mark.parametrize("eps", [EPS, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_in_place_and_carrier_as_denominator(backend, dtype, eps):
-    _, message, z = operands((2, 64, 57, 59), dtype, _channels_last)
+    _, message, z = operands(LARGE, dtype, _channels_last)
     z[:, ::3] = 0
     expected = backend.ratio(z.clone(), message, z, eps)
     out = message.clone()
@@ -287,11 +288,11 @@ def exact_channel_sum(carrier: Tensor | None, message: Tensor, groups: int) -> T
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("groups", [1, 2, 12])
-@pytest.mark.parametrize("shape", [(3, 12), (3, 12, 5), (2, 12, 5, 7), (2, 12, 3, 4, 5), (1, 1536, 23, 29), (0, 12, 3)])
-@pytest.mark.parametrize("carried", [True, False])
-def test_channel_sum_is_as_exact_as_torch(backend, carried, shape, groups, layout, dtype):
-    carrier, message, _ = operands(shape, dtype, LAYOUTS[layout])
-    carrier = carrier if carried else None
+@pytest.mark.parametrize("shape", [(3, 12), (3, 12, 5), (2, 12, 5, 7), (2, 12, 3, 4, 5), (0, 12, 3), None])
+def test_channel_sum_is_as_exact_as_torch(backend, shape, groups, layout, dtype):
+    carrier, message, _ = operands(shape or (2, 12, 5, 7), dtype, LAYOUTS[layout])
+    if shape is None:
+        shape, carrier = message.shape, None
     result_shape = (shape[0], groups, *shape[2:])
     out = backend.channel_sum(carrier, message, groups, out=torch.full(result_shape, math.nan, dtype=dtype))
     terms = message if carrier is None else carrier * message
@@ -305,7 +306,7 @@ def test_channel_sum_is_as_exact_as_torch(backend, carried, shape, groups, layou
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [_keep, _channels_last, _misaligned])
-@pytest.mark.parametrize("shape", [(3, 12), (2, 12, 5, 7), (2, 12, 3, 4, 5), (3, 1, 5, 7), (2, 1536, 31, 33)])
+@pytest.mark.parametrize("shape", [(3, 12), (2, 12, 5, 7), (2, 12, 3, 4, 5), (3, 1, 5, 7), (1, 1536, 31, 33)])
 def test_channel_sum_runs_in_cpp(native_alone, shape, layout, dtype):
     carrier, message, _ = operands(shape, dtype, layout)
     for groups in {1, shape[1]}:
@@ -323,7 +324,7 @@ def test_channel_sum_runs_in_cpp(native_alone, shape, layout, dtype):
 def test_every_instruction_set_gives_the_same(native_alone):
     """Bit for bit in `ratio`, which has no sum; to rounding in `channel_sum`."""
     full = native_alone.extension.cpu_capability()
-    carrier, message, denominator = operands((2, 64, 57, 59), torch.float32, _channels_last)
+    carrier, message, denominator = operands(LARGE, torch.float32, _channels_last)
     results = {}
     try:
         for name in ("default", "avx2", "avx512"):
@@ -344,7 +345,7 @@ def test_every_instruction_set_gives_the_same(native_alone):
 
 
 def test_any_number_of_threads_gives_the_same(native_alone):
-    carrier, message, denominator = operands((3, 64, 57, 59), torch.float32)
+    carrier, message, denominator = operands(LARGE, torch.float32)
     before = torch.get_num_threads()
     results = []
     try:

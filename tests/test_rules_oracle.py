@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 import lrpfast
 
+# said by the user's own model when it runs
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+
 
 @dataclass(frozen=True)
 class Case:

@@ -1,8 +1,8 @@
 """The command `lrpfast`.
 
-`options` and `commands` declare what can be typed and import nothing heavy, so that `--help` and a mistyped option answer at once.
-What a command does is a module of its own, imported when the command runs: `explain`, `compile`, `plan` and `info`, and `setup` for
-what the first three share.
+`options` and `commands` declare what can be typed and import nothing heavy, so that `--help` and a mistyped option
+answer at once. What a command does is a module of its own, imported when the command runs: `explain`, `compile`,
+`plan` and `info`, and `setup` for what the first three share.
 """
 
 from lrpfast.cli.commands import main

@@ -9,7 +9,7 @@ import click
 from lrpfast.cli import setup
 from lrpfast.cli.options import EngineOptions, ModelOptions
 from lrpfast.errors import OutputError
-from lrpfast.files import check_writable, make_folder, replacing
+from lrpfast.files import check_writable, make_folder
 
 
 def run(model: ModelOptions, engine: EngineOptions, output: Path | None, onnx: Path | None) -> None:
@@ -30,17 +30,11 @@ def run(model: ModelOptions, engine: EngineOptions, output: Path | None, onnx: P
             raise OutputError(f"the name {path} does not end in {suffix}")
         check_writable(path.parent)
     loaded = setup.load(model)
-    explainer = setup.make_explainer(loaded, engine)
+    explainer, _ = setup.make_explainer(loaded, engine)
     for path, suffix in wanted:
         make_folder(path.parent)
-        with replacing(path) as temporary:
-            if suffix == ".onnx":
-                explainer.export_onnx(temporary)
-            else:
-                extra = {
-                    "model": loaded.spec,
-                    "preprocessing": loaded.preprocessing.to_dict(),
-                    "categories": list(loaded.categories),
-                }
-                explainer.save(temporary, extra=extra)
+        if suffix == ".onnx":
+            explainer.export_onnx(path)
+        else:
+            explainer.save(path, extra=loaded.describe())
         click.echo(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")

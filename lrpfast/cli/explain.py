@@ -1,12 +1,14 @@
 """`lrpfast explain`: images in; maps, overlays, arrays and a few lines of text out.
 
-What can be wrong with the whole run (no images, a folder that cannot be written, the model, the target) is found before anything is
-computed. What is wrong with one image is told, and the others are done.
+What can be wrong with the whole run (no images, a folder that cannot be written, the model, the target) is found
+before anything is computed. What is wrong with one image is told, and the others are done.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -19,12 +21,13 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils._pytree import tree_leaves
 
 from lrpfast import images as image_files
 from lrpfast import viz
 from lrpfast.cli import setup
 from lrpfast.cli.options import EngineOptions, ModelOptions
-from lrpfast.errors import InputError, LrpfastError, ModelError, NumericsError
+from lrpfast.errors import InputError, LrpfastError, NumericsError
 from lrpfast.files import check_writable, make_folder
 from lrpfast.models import Loaded
 
@@ -80,12 +83,16 @@ class _Runner:
                 yield from self([sample])
             return
         relevance = explanation.relevance.detach().float().cpu().numpy()
-        output = explanation.output.detach().double().cpu().numpy()
+        # A model may return its one tensor within a dictionary or a tuple.
+        (returned,) = (leaf for leaf in tree_leaves(explanation.output) if isinstance(leaf, torch.Tensor))
+        output = returned.detach().double().cpu().numpy().reshape(len(samples), -1)
         targets = explanation.target.cpu().numpy().reshape(len(samples), -1)
         conservation = explanation.conservation().detach().double().cpu().numpy().reshape(len(samples), -1)
         for row, sample in enumerate(samples):
             maps = relevance[row].reshape(targets.shape[1], *sample.tensor.shape)
-            yield _Result(sample, maps, output[row], tuple(map(int, targets[row])), tuple(map(float, conservation[row])))
+            yield _Result(
+                sample, maps, output[row], tuple(map(int, targets[row])), tuple(map(float, conservation[row]))
+            )
 
     def _run(self, samples: Sequence[_Sample]) -> Any:
         inputs = torch.stack([sample.tensor for sample in samples]).to(self._device, self._dtype)
@@ -97,7 +104,9 @@ class _Runner:
         try:
             return self._explain(inputs, target=target, seed=self._seed)
         except torch.OutOfMemoryError as error:
-            raise InputError(f"no memory for {len(samples)} images at once on {self._device}; lower --batch-size") from error
+            raise InputError(
+                f"no memory for {len(samples)} images at once on {self._device}; lower --batch-size"
+            ) from error
 
 
 def run(
@@ -126,7 +135,9 @@ def run(
     """
     files = image_files.find(paths, exclude=output)
     if not files:
-        raise InputError(f"no images in {', '.join(map(str, paths))} (looked for {', '.join(sorted(image_files.SUFFIXES))})")
+        raise InputError(
+            f"no images in {', '.join(map(str, paths))} (looked for {', '.join(sorted(image_files.SUFFIXES))})"
+        )
     if any(path.is_dir() and path.resolve() == output.resolve() for path in paths):
         raise InputError(f"the output folder {output} is searched for images; the maps would be explained next time")
     check_writable(output)
@@ -136,7 +147,6 @@ def run(
     terminal = Console(stderr=True)
     with terminal.status(f"compiling {loaded.spec}"):
         runner = _Runner(loaded, engine, indices, seed)
-    make_folder(output)
     failed = 0
     columns = (TextColumn("explaining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(
@@ -174,6 +184,7 @@ class _Voice:
         self._say(f"lrpfast: {named}", err=True, shared=True)
 
     def _say(self, text: str, *, err: bool, shared: bool) -> None:
+        text = os.fsencode(text).decode(errors="replace")  # names of files need not be text
         if shared and self._terminal.is_terminal:
             self._terminal.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -183,38 +194,34 @@ class _Voice:
 def unique_stems(files: Sequence[Path]) -> dict[Path, str]:
     """Name the results of each file so that no two collide, also where upper and lower case are one.
 
-    A file's stem, where no other file has it; else its name with the suffix; else with its folders in front, as many as it takes.
+    A file's stem where no other file has it; else with its suffix (cat-jpg, cat-png), or with as many folders in
+    front as tell the files of that stem apart (home-cat, zoo-cat); a number behind where all this does not.
     """
-    absolute = {file: Path(file).absolute() for file in files}
-    detail = dict.fromkeys(files, 0)
-    while True:
-        stems = {file: _stem(absolute[file], detail[file]) for file in files}
-        owners: dict[str, list[Path]] = defaultdict(list)
-        for file, stem in stems.items():
-            owners[stem.casefold()].append(file)
-        clashing = [file for same in owners.values() if len(same) > 1 for file in same]
-        if not clashing:
-            return stems
-        if all(detail[file] > len(absolute[file].parts) for file in clashing):
-            # Only names such as a-b/c and a/b-c are left.
-            return _numbered(files, stems)
-        for file in clashing:
-            detail[file] += 1
+    same_stem: dict[str, list[Path]] = defaultdict(list)
+    for file in files:
+        same_stem[_stem(file, 0).casefold()].append(file)
+    names: dict[Path, str] = {}
+    for group in same_stem.values():
+        most = 2 * max(len(file.absolute().parts) for file in group)
+        level = next(
+            (level for level in range(most) if len({_stem(file, level).casefold() for file in group}) == len(group)),
+            most,
+        )
+        names |= {file: _stem(file, level) for file in group}
+    taken: set[str] = set()
+    for file in files:
+        numbered = (names[file] if number == 1 else f"{names[file]}-{number}" for number in itertools.count(1))
+        names[file] = next(name for name in numbered if name.casefold() not in taken)
+        taken.add(names[file].casefold())
+    return names
 
 
-def _stem(path: Path, detail: int) -> str:
-    if detail == 0:
-        name = path.stem
-    else:
-        folders = path.parts[1:-1]
-        kept = folders[max(0, len(folders) - detail + 1) :] if detail > 1 else ()
-        name = "-".join((*kept, path.stem, path.suffix.removeprefix(".")))
-    return name.encode()[-_STEM_BYTES:].decode(errors="ignore")
-
-
-def _numbered(files: Sequence[Path], stems: dict[Path, str]) -> dict[Path, str]:
-    width = len(str(len(files)))
-    return {file: f"{index:0{width}}-{stems[file]}" for index, file in enumerate(files)}
+def _stem(file: Path, level: int) -> str:
+    """Name a file in more and more detail: stem, stem-suffix, folder-stem, folder-stem-suffix, ..."""
+    folders, with_suffix = divmod(level, 2)
+    parts = [*file.absolute().parts[1:-1]][-folders:] if folders else []
+    name = "-".join([*parts, file.stem, *([file.suffix[1:]] if with_suffix else [])])
+    return os.fsencode(name)[-_STEM_BYTES:].decode(errors="ignore")
 
 
 def _outcomes(files: Sequence[Path], loaded: Loaded, runner: _Runner, batch_size: int) -> Iterator[_Result | _Failure]:
@@ -234,26 +241,30 @@ def _outcomes(files: Sequence[Path], loaded: Loaded, runner: _Runner, batch_size
         yield from runner(samples)
 
 
-def _write(result: _Result, folder: Path, stem: str, percentile: float | None, colormap: str) -> list[Path]:
+def _write(result: _Result, folder: Path, stem: str, percentile: float | None, colormap: str) -> str:
+    make_folder(folder)
     view = result.sample.view
     times = max(1, _LEGIBLE // max(view.size))
     size = (view.height * times, view.width * times)
     large = view.resize((size[1], size[0]), Image.Resampling.NEAREST)
     several = len(result.targets) > 1
-    written = []
+    endings: list[str] = []
     for target, relevance in zip(result.targets, result.relevance, strict=True):
         mark = f"-{target}" if several else ""
         heatmap = relevance.sum(axis=0)
-        map_path, overlay_path = folder / f"{stem}-map{mark}.png", folder / f"{stem}-overlay{mark}.png"
-        viz.save(viz.render(heatmap, percentile=percentile, colormap=colormap, size=size), map_path)
-        viz.save(viz.overlay(large, heatmap, percentile=percentile, colormap=colormap), overlay_path)
-        written += [map_path, overlay_path]
-    array_path = folder / f"{stem}.npy"
-    viz.save_array(result.relevance if several else result.relevance[0], array_path)
-    return [*written, array_path]
+        pictures = {
+            f"-map{mark}.png": viz.render(heatmap, percentile=percentile, colormap=colormap, size=size),
+            f"-overlay{mark}.png": viz.overlay(large, heatmap, percentile=percentile, colormap=colormap),
+        }
+        for ending, picture in pictures.items():
+            viz.save(picture, folder / f"{stem}{ending}")
+        endings += pictures
+    viz.save_array(result.relevance if several else result.relevance[0], folder / f"{stem}.npy")
+    # As a shell writes several files of one beginning.
+    return f"{folder / stem}{{{','.join([*endings, '.npy'])}}}"
 
 
-def _lines(result: _Result, loaded: Loaded, written: Sequence[Path]) -> list[str]:
+def _lines(result: _Result, loaded: Loaded, written: str) -> list[str]:
     lines = []
     output = result.output
     shifted = np.exp(output - output.max())
@@ -262,8 +273,10 @@ def _lines(result: _Result, loaded: Loaded, written: Sequence[Path]) -> list[str
         for index in np.argsort(-output, kind="stable")[:_TOP]:
             lines.append(f"{probabilities[index]:7.2%}  {_class(loaded, index)}")
     for target, conservation in zip(result.targets, result.conservation, strict=True):
-        lines.append(f"explained: {_class(loaded, target)}, logit {output[target]:.4g}, conservation {conservation:.4f}")
-    lines.append("written: " + ", ".join(map(str, written)))
+        lines.append(
+            f"explained: {_class(loaded, target)}, logit {output[target]:.4g}, conservation {conservation:.4f}"
+        )
+    lines.append(f"written: {written}")
     return lines
 
 

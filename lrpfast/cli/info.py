@@ -28,7 +28,8 @@ _OPTIONAL = (
 
 def run() -> None:
     """Print it."""
-    click.echo(f"lrpfast {lrpfast.__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    versions = f"lrpfast {lrpfast.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    click.echo(f"{versions}, {platform.platform()}")
     for title, lines in (
         ("devices", _devices()),
         ("backends", str(backends.report()).splitlines()),
@@ -41,14 +42,18 @@ def run() -> None:
 
 
 def _devices() -> Iterator[str]:
-    yield f"cpu: {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads of {os.cpu_count()}"
+    threads = f"{torch.get_num_threads()} threads of {os.cpu_count()}"
+    yield f"cpu: {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {threads}"
     if not torch.cuda.is_available():
         built = torch.version.cuda
-        yield "cuda: not there: " + ("no GPU is visible to this process" if built else "this torch is built without CUDA")
+        yield "cuda: not there: " + (
+            "no GPU is visible to this process" if built else "this torch is built without CUDA"
+        )
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         memory = properties.total_memory / 2**30
-        yield f"cuda:{index}: {properties.name}, compute capability {properties.major}.{properties.minor}, {memory:.0f} GiB"
+        capability = f"compute capability {properties.major}.{properties.minor}"
+        yield f"cuda:{index}: {properties.name}, {capability}, {memory:.0f} GiB"
 
 
 def _packages() -> Iterator[str]:
@@ -60,4 +65,5 @@ def _packages() -> Iterator[str]:
             yield f"{package}: not installed, for {purpose}: pip install {package}"
         except Exception as error:
             # It is there and broken: beside a torch of another version, importing torchvision raises a RuntimeError.
-            yield f"{package}: installed, but importing it fails: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            yield f"{package}: installed, but importing it fails: {reason}"

@@ -1,7 +1,7 @@
 """The options that several commands have, each declared once, and the records that they become.
 
-A command's callback gets the two records, `model` (what is explained, and how images become its input) and `engine` (how it is
-explained), and not twenty loose arguments.
+A command's callback gets the two records, `model` (what is explained, and how images become its input) and `engine`
+(how it is explained), and not twenty loose arguments.
 """
 
 from __future__ import annotations
@@ -41,51 +41,55 @@ class EngineOptions:
     device: str | None = None
 
 
-class Size(click.ParamType):
-    """Pixels as 224 or 224x320: (height, width)."""
-
-    name = "H[xW]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        """Parse, or fail with a usage error."""
-        match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", value)
-        if match is None:
-            self.fail(f"{value!r} is no size; give pixels as 224 or 224x320 (height x width)", param, ctx)
-        return int(match[1]), int(match[2] or match[1])
+def size(text: str) -> tuple[int, int]:
+    """Parse pixels, as 224 or 224x320, to (height, width)."""
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is no size; give pixels as 224 or 224x320 (height x width)")
+    return int(match[1]), int(match[2] or match[1])
 
 
-class Numbers(click.ParamType):
-    """Three numbers (RGB) separated by commas, or one (grey)."""
-
-    name = "R,G,B"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        """Parse, or fail with a usage error."""
-        try:
-            numbers = tuple(float(part) for part in value.split(","))
-        except ValueError:
-            numbers = ()
-        if len(numbers) not in (1, 3):
-            self.fail(f"{value!r} is neither three numbers separated by commas nor one", param, ctx)
-        return numbers
+def numbers(text: str) -> tuple[float, ...]:
+    """Parse three numbers (RGB) separated by commas, or one (grey)."""
+    try:
+        parsed = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        parsed = ()
+    if len(parsed) not in (1, 3):
+        raise click.BadParameter(f"{text!r} is neither three numbers separated by commas nor one")
+    return parsed
 
 
 _FILE = click.Path(path_type=Path)
 _MODEL = (
     click.option("--model", "spec", required=True, metavar="MODEL", help="The model, see below."),
     click.option("--weights", metavar="NAME", help="Pretrained weights of torchvision or timm: DEFAULT, or a name."),
-    click.option("--checkpoint", type=_FILE, metavar="FILE", help="Weights from a file: a state dict (.pt, .pth, .safetensors)."),
-    click.option("--num-classes", type=click.IntRange(1), metavar="N", help="Build a torchvision or timm model for N classes."),
-    click.option("--classes", type=_FILE, metavar="FILE", help="Names of the classes, one a line. [default: those of the weights]"),
+    click.option(
+        "--checkpoint", type=_FILE, metavar="FILE", help="Weights from a file: a state dict (.pt, .pth, .safetensors)."
+    ),
+    click.option(
+        "--num-classes", type=click.IntRange(1), metavar="N", help="Build a torchvision or timm model for N classes."
+    ),
+    click.option(
+        "--classes",
+        type=_FILE,
+        metavar="FILE",
+        help="Names of the classes, one a line. [default: those of the weights]",
+    ),
     click.option(
         "--size",
-        type=Size(),
-        help="Resize images to cover this size, and cut it from the centre. [default: as the weights ask; else 256, then 224]",
+        type=size,
+        metavar="H[xW]",
+        help="Resize images to cover this size, and cut it from the centre. "
+        "[default: as the weights ask; else 256, then 224]",
     ),
     click.option(
-        "--mean", type=Numbers(), help="Mean of the channels, for values in 0..1; one number: grey. [default: as the weights; else ImageNet's]"
+        "--mean",
+        type=numbers,
+        metavar="R,G,B",
+        help="Mean of the channels, for values in 0..1; one number: grey. [default: as the weights; else ImageNet's]",
     ),
-    click.option("--std", type=Numbers(), help="Standard deviation of the channels, likewise."),
+    click.option("--std", type=numbers, metavar="R,G,B", help="Standard deviation of the channels, likewise."),
     click.option("--no-normalise", is_flag=True, help="Give the model values in 0..1 as they are."),
 )
 _ENGINE = (
@@ -100,7 +104,9 @@ _ENGINE = (
         help="What to compute in. [default: the model's own precision]",
     ),
     click.option(
-        "--backend", type=click.Choice(["auto", "torch"]), help="auto: the fastest operators here; torch: the reference. [default: auto]"
+        "--backend",
+        type=click.Choice(["auto", "torch"]),
+        help="auto: the fastest operators here; torch: the reference. [default: auto]",
     ),
     click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... [default: cuda where it is there, else cpu]"),
 )

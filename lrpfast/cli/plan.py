@@ -10,4 +10,5 @@ from lrpfast.cli.options import EngineOptions, ModelOptions
 
 def run(model: ModelOptions, engine: EngineOptions) -> None:
     """Print the plan of the model. Raises as `setup.load` and `setup.make_explainer`."""
-    click.echo(str(setup.make_explainer(setup.load(model), engine).plan()))
+    explainer, _ = setup.make_explainer(setup.load(model), engine)
+    click.echo(str(explainer.plan()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ def warn(message: str) -> None:
 
 
 def load(options: ModelOptions) -> models.Loaded:
-    """Load the model that the options name, say on stderr what there is to say about it, and apply what they say of images.
+    """Load the model that the options name, say on stderr what there is to say about it, and apply what they say of
+    images.
 
     Raises
     ------
@@ -72,8 +74,13 @@ def device_of(options: EngineOptions) -> torch.device:
     return device
 
 
-def make_explainer(loaded: models.Loaded, options: EngineOptions) -> Any:
+def make_explainer(loaded: models.Loaded, options: EngineOptions) -> tuple[lrpfast.Explainer, torch.Tensor]:
     """Compile the loaded module for its image size.
+
+    Returns
+    -------
+    tuple
+        The explainer, and the black image that it was compiled for: its device and dtype are those of the inputs.
 
     Raises
     ------
@@ -83,26 +90,55 @@ def make_explainer(loaded: models.Loaded, options: EngineOptions) -> Any:
         As `lrpfast.Explainer`.
     """
     if loaded.model is None:
-        raise ModelError(f"{loaded.spec} is a saved program; a model is needed")
+        raise ModelError(f"{loaded.spec} is a saved program, compiled already; a model is needed here")
     name = options.composite or DEFAULT_COMPOSITE
     bounds: dict[str, Any] = {}
     if composites.needs_range(name):
         bounds = {"low": loaded.preprocessing.low, "high": loaded.preprocessing.high}
     composite = composites.get(name, **bounds)
-    model = loaded.model.to(device_of(options))
-    return lrpfast.Explainer(
-        model,
-        example_inputs=example_input(loaded, model),
-        composite=composite,
-        precision=options.precision,
-        backend=options.backend or "auto",
+    model = loaded.model
+    if isinstance(model, torch.nn.Module):
+        model = model.to(device_of(options))
+    elif options.device is not None:
+        raise ModelError(f"{loaded.spec} was exported for a device; leave --device out")
+    example = _black(
+        loaded, _first_float(model.state_dict() if isinstance(model, torch.nn.Module) else model.state_dict)
+    )
+    return (
+        lrpfast.Explainer(
+            model, example, composite=composite, precision=options.precision, backend=options.backend or "auto"
+        ),
+        example,
     )
 
 
-def example_input(loaded: models.Loaded, model: torch.nn.Module) -> torch.Tensor:
-    """Return a black image as the model's input, with its device and dtype."""
+def make_runnable(loaded: models.Loaded, options: EngineOptions) -> tuple[Any, torch.device, torch.dtype]:
+    """Return what is called to explain, a compiled module or the saved program, and the device and dtype of its inputs.
+
+    Raises
+    ------
+    ModelError
+        Options are given that a saved program does not leave open.
+    LrpfastError
+        As `make_explainer`.
+    """
+    if loaded.program is None:
+        explainer, example = make_explainer(loaded, options)
+        return explainer, example.device, example.dtype
+    fixed = [f"--{field}" for field, value in dataclasses.asdict(options).items() if value is not None]
+    if fixed:
+        raise ModelError(f"{loaded.spec} is a saved explanation, compiled already; leave {', '.join(fixed)} out")
+    exported = loaded.program.exported
+    like = _first_float({**exported.state_dict, **exported.constants})
+    return loaded.program, like.device, getattr(torch, loaded.program.metadata["dtype"])
+
+
+def _first_float(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return next((t for t in tensors.values() if isinstance(t, torch.Tensor) and t.is_floating_point()), torch.empty(0))
+
+
+def _black(loaded: models.Loaded, like: torch.Tensor) -> torch.Tensor:
     preprocessing = loaded.preprocessing
-    like = next((value for value in model.parameters() if value.is_floating_point()), torch.empty(0))
     black = torch.tensor(preprocessing.low, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
     return black.expand(1, preprocessing.channels, *preprocessing.size).contiguous()
 

@@ -14,6 +14,6 @@ operation's output and sends messages to its inputs:
 `walk` holds what they share: messages, the ratio, the sums where messages meet.
 """
 
-from lrpfast.relevance.transform import Joint, Seed, transform
+from lrpfast.relevance.transform import Joint, Seed, default_seed, transform
 
-__all__ = ["Joint", "Seed", "transform"]
+__all__ = ["Joint", "Seed", "default_seed", "transform"]

@@ -11,9 +11,9 @@ from torch import fx
 
 import lrpfast.ops  # noqa: F401  declares torch.ops.lrpfast
 from lrpfast.assign import Assignment
-from lrpfast.errors import InputError
+from lrpfast.errors import InputError, UnsupportedOperationError
 from lrpfast.facts import Facts, depends_on_input, prove
-from lrpfast.graph import Builder, Program, is_tensor, rank, value
+from lrpfast.graph import Builder, Program, describe, is_tensor, rank, value
 from lrpfast.ops import transposes  # noqa: F401  declares the transposes
 from lrpfast.relevance import affine, attention, elementwise, normalisation, pooling, routing  # noqa: F401  register
 from lrpfast.relevance.walk import Message, OneHot, Walk, propagator
@@ -71,6 +71,11 @@ def transform(
     walk = Walk(build, facts, depends_on_input(copied), {mapping[n]: a for n, a in rules.items()}, output)
     inputs = copied.inputs
     order = list(build.graph.nodes)
+    if output not in walk.reached:
+        raise UnsupportedOperationError(
+            f"the model's output ({describe(output)}) depends on the input through comparisons alone, or not at all: no relevance "
+            "can reach the input"
+        )
     recorded = _recorded_values(order, output, record)
     walk.send(output, _seed(walk, output, seed, inputs[-1]))
     relevance, layers = _run(walk, order, inputs, recorded)
@@ -82,6 +87,11 @@ def transform(
         Program(build.graph, build.constants, program.fake_mode), seed, tuple(recorded),
         frozenset(n for n in forward if n in live), facts, walk.rules, walk.notes,
     )  # fmt: skip
+
+
+def default_seed(program: Program) -> Seed:
+    """The seed of a call without a target: the logit, where a class names one value of the output."""
+    return Seed.LOGIT if rank(program.outputs[0]) <= 2 else Seed.TENSOR
 
 
 def _copy(program: Program) -> tuple[Builder, dict[fx.Node, fx.Node]]:

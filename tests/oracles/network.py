@@ -88,18 +88,22 @@ class Net(nn.Module):
         return kinds.get(node.kind, node.kind)
 
     def values(self, *inputs: Tensor, noise: torch.Generator | None = None) -> list[Tensor]:
-        """Return the value of every node; with `noise`, each is off by about 1e-13 of itself."""
+        """Return the value of every node, safe from in-place operations; with `noise`, each is off by about 1e-13 of itself."""
         given = iter(inputs)
         values: list[Tensor] = []
         for node in self.nodes:
-            value = next(given) if node.kind == "input" else node.compute(*(values[i] for i in node.args))
+            value = next(given) if node.kind == "input" else node.compute(*(values[i].clone() for i in node.args))
             if noise is not None:
                 value = value * (1 + 1e-13 * torch.randn(value.shape, generator=noise, dtype=value.dtype))
             values.append(value)
         return values
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.values(*inputs)[self.result]
+        given = iter(inputs)
+        values: list[Tensor] = []
+        for node in self.nodes:
+            values.append(next(given) if node.kind == "input" else node.compute(*(values[i] for i in node.args)))
+        return values[self.result]
 
 
 def vjp(compute: Function, values: Sequence[Tensor], cotangent: Tensor) -> list[Tensor]:

@@ -1,0 +1,68 @@
+# Everything happens in .venv, which is made on first use. What is tested is the installed package, built from this folder.
+#
+#   make demo    install, then train, explain and draw in demo/ (the main job, in a minute or two)
+#   make test    install with what the tests need, then run the whole suite; ARGS="-k ratio" goes to pytest
+#   make lint    ruff, lint and format
+#   make types   mypy
+#
+# PYTHON=...       the interpreter to use: 3.11 or newer, with venv and C headers
+# TORCH_INDEX=...  where to take torch from; https://download.pytorch.org/whl/cpu spares a machine without a GPU gigabytes
+
+usable := import os, sys, sysconfig, ensurepip, venv; \
+	sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))
+PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11, \
+	$(shell $(p) -c '$(usable)' 2>/dev/null && echo $(p))))
+TORCH_INDEX ?=
+ARGS ?=
+
+python := .venv/bin/python
+pip := $(python) -m pip install --quiet --disable-pip-version-check
+sources := pyproject.toml CMakeLists.txt $(shell find csrc lrpfast -type f -not -name '*.py[co]' -not -name '*.so')
+
+# The versions of constraints.txt, for what is installed and for what builds it.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+# Import the installed package and not the folder that happens to be current.
+export PYTHONSAFEPATH := 1
+
+.PHONY: demo test lint types clean
+
+demo: .venv/installed
+	$(python) -m lrpfast.demo -o demo
+
+test: .venv/installed .venv/tests
+	$(python) -m pytest $(ARGS)
+
+lint: .venv/linters
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+
+types: .venv/installed .venv/linters
+	$(python) -m mypy
+
+clean:
+	rm -rf .venv demo
+
+.venv/created:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer with venv and C headers was found (on Debian and Ubuntu:" \
+		"apt install python3-venv python3-dev g++). Install one, or name it: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv .venv
+	touch $@
+
+# torch first and alone: its requirements differ between its builds, and no later step may exchange it.
+.venv/torch: constraints.txt | .venv/created
+	$(pip) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	touch $@
+
+.venv/installed: $(sources) | .venv/torch
+	$(pip) ".[demo]"
+	touch $@
+
+# torchvision asks for the torch build that it was made beside; any build of that version serves its models.
+.venv/tests: pyproject.toml constraints.txt | .venv/installed
+	$(pip) --no-deps torchvision
+	$(pip) "lrpfast[test]"
+	touch $@
+
+.venv/linters: pyproject.toml constraints.txt | .venv/created
+	$(pip) ruff mypy
+	touch $@

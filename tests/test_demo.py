@@ -1,0 +1,127 @@
+"""The demo does what it says: it learns, explains, saves, and another process finds the same maps."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import types
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from lrpfast import demo
+from lrpfast.errors import MissingDependencyError, ProgramError
+
+pytest.importorskip("sklearn")
+
+
+def test_digits_are_the_same_every_time_and_have_all_classes():
+    images, classes = demo.digits()
+    again, _ = demo.digits()
+    assert torch.equal(images, again)
+    assert images.shape == (1797, 32, 32) and images.dtype == torch.uint8
+    assert images.amax() == 255 and images.amin() == 0
+    assert classes.unique().tolist() == list(range(10))
+    chosen = demo.one_of_each(classes)
+    assert classes[chosen].tolist() == list(range(10))
+
+
+def test_digits_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    with pytest.raises(MissingDependencyError, match="pip install scikit-learn"):
+        demo.digits()
+
+
+def test_images_as_files_are_the_inputs(tmp_path):
+    images, _ = demo.digits()
+    Image.fromarray(images[0].numpy()).save(tmp_path / "0.png")
+    with Image.open(tmp_path / "0.png") as image:
+        tensor = demo.PREPROCESSING.tensor(demo.PREPROCESSING.view(image))
+    assert torch.equal(tensor, images[:1].float().div(255))
+
+
+def test_training_is_deterministic_and_leaves_the_random_state(monkeypatch):
+    monkeypatch.setattr(demo, "_EPOCHS", 1)
+    images, classes = demo.digits()
+    inputs = images[:192, None].float().div(255)
+    torch.manual_seed(7)
+    expected = torch.rand(2)
+    torch.manual_seed(7)
+    first, second = demo.train(inputs, classes[:192]), demo.train(inputs, classes[:192])
+    assert torch.equal(torch.rand(2), expected)
+    assert not first.training
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_sheet_shows_each_map_in_its_cell():
+    images = torch.zeros(2, 32, 32, dtype=torch.uint8)
+    maps = {"epsilon": torch.ones(2, 2, 32, 32), "epsilon_plus": -torch.ones(2, 2, 32, 32)}
+    maps["epsilon"][1, 1] = 0
+    sheet = np.asarray(demo.sheet(images, torch.tensor([[0, 4], [1, 7]]), maps, cell=64)).astype(int)
+    red, blue, white = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+    middle = sheet[-70 - 32 - 6 :: 70, -4 * 70 - 32 - 6 :: 70]
+    assert [[tuple(c) for c in row] for row in middle] == [
+        [white, red, blue, red, blue],
+        [white, red, blue, white, blue],
+    ]
+
+
+class TestReproduce:
+    """What another process wrote is compared, and a difference is an error."""
+
+    expected = torch.linspace(-1, 1, 10 * 4).view(10, 1, 2, 2)
+
+    def other_process(self, monkeypatch, output, relevance, status=0):
+        def run(command, **options):
+            assert command[1:6] == ["-m", "lrpfast", "explain", "--model", "net.pt2"]
+            output.mkdir()
+            for name, values in zip(demo.CLASSES, relevance, strict=True):
+                np.save(output / f"{name}.npy", values.numpy())
+            return types.SimpleNamespace(returncode=status, stderr="went wrong")
+
+        monkeypatch.setattr(subprocess, "run", run)
+
+    def test_same(self, monkeypatch, tmp_path):
+        self.other_process(monkeypatch, tmp_path / "out", self.expected + 1e-7)
+        assert 0 < demo.reproduce("net.pt2", "digits", tmp_path / "out", self.expected) < 1e-6
+
+    @pytest.mark.parametrize("change", [1e-3, float("nan")])
+    def test_different(self, monkeypatch, tmp_path, change):
+        relevance = self.expected.clone()
+        relevance[3, 0, 1, 1] += change
+        self.other_process(monkeypatch, tmp_path / "out", relevance)
+        with pytest.raises(ProgramError, match="differ"):
+            demo.reproduce("net.pt2", "digits", tmp_path / "out", self.expected)
+
+    def test_failed(self, monkeypatch, tmp_path):
+        self.other_process(monkeypatch, tmp_path / "out", self.expected, status=2)
+        with pytest.raises(ProgramError, match="status 2: went wrong"):
+            demo.reproduce("net.pt2", "digits", tmp_path / "out", self.expected)
+
+
+def test_errors_are_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(demo.main, ["-o", str(tmp_path / "file")])
+    assert result.exit_code == 2 and re.fullmatch(r"lrpfast\.demo: error: .*file.*\n", result.stderr)
+
+
+@pytest.mark.slow
+def test_the_whole_demo(tmp_path):
+    output, figure = tmp_path / "demo", tmp_path / "docs" / "maps.png"
+    result = CliRunner().invoke(demo.main, ["-o", str(output), "--figure", str(figure)], catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    accuracy = re.search(r"(\d+\.\d)% of 360 others are recognised", result.stdout)
+    assert accuracy and float(accuracy[1]) > 97
+    difference = re.search(r"the maps differ by (\S+) at most", result.stdout)
+    assert difference and float(difference[1]) < 1e-5
+    for name, _ in demo.COMPOSITES:
+        assert re.search(rf"{name}: 20 maps, conservation -?\d+\.\d+", result.stdout)
+    assert sorted(path.name for path in output.iterdir()) == ["digits", "digits-lrp.pt2", "explained", "maps.png"]
+    assert len(list((output / "digits").iterdir())) == 10 and len(list((output / "explained").iterdir())) == 30
+    with Image.open(figure) as picture:
+        colours = np.asarray(picture).astype(int)
+    assert (colours[..., 0] - colours[..., 2] > 200).sum() > 1000  # full red, and full blue
+    assert (colours[..., 2] - colours[..., 0] > 200).sum() > 1000
