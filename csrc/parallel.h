@@ -1,7 +1,7 @@
 // Threads, taken from the OpenMP runtime that torch itself runs on.
 //
 // Two OpenMP runtimes in one process fight for the cores. Linking one here would bind by file name, and torch's wheels
-// bring theirs under changing names (libgomp.so.1, libgomp-a34b3233.so.1, ...). So nothing is linked: at import the
+// bring theirs under changing names (libgomp.so.1, libgomp-a49a47f9.so.1.0.0, ...). So nothing is linked: at import the
 // caller looks up the entry points below in torch's own copy and hands them in. Without them, work runs in one thread.
 #pragma once
 

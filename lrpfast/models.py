@@ -1,7 +1,7 @@
 """Find and load a model from the few words that a person types, together with what its images and classes mean.
 
 A spec is `torchvision:NAME`, `timm:NAME`, `path/to/program.pt2` or `package.module:factory`. Each kind has one loader
-here, and all give the same record, `Loaded`: the model in eval mode (or the saved program), how images become its
+here, and all give the same record, `Loaded`: the model in eval mode (or the saved explanation), how images become its
 input, and the names of its classes. What is wrong with a spec, a set of weights or a checkpoint is found here, before
 anything is computed or written.
 """
@@ -59,7 +59,7 @@ class Loaded:
     notes: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
-        """Return what a saved program of this model keeps of it: `load` reads it from the program's `extra`."""
+        """Return what a saved explanation of this model keeps of it, its `extra`; `load` reads it."""
         return {
             "model": self.spec,
             "preprocessing": self.preprocessing.to_dict(),
@@ -103,8 +103,8 @@ def load(
     Parameters
     ----------
     spec
-        `torchvision:NAME` and `timm:NAME`: an architecture of these libraries. `path/to/program.pt2`: an explanation that
-        lrpfast saved, or a model that `torch.export` saved. `package.module:factory`: a module, or something that is
+        `torchvision:NAME` and `timm:NAME`: an architecture of these libraries. `path/to/program.pt2`: an explanation
+        that lrpfast saved, or a model that `torch.export` saved. `package.module:factory`: a module, or something that is
         called without arguments and returns one.
     weights
         Pretrained weights of torchvision ("DEFAULT", "IMAGENET1K_V2", ...) or timm ("DEFAULT", or a tag such as
@@ -199,7 +199,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 def _load_program(spec: str, weights: str | None, checkpoint: Any, num_classes: int | None) -> Loaded:
     if weights is not None or checkpoint is not None or num_classes is not None:
         raise ModelError(
-            f"{spec} is a saved program, which has its weights within: weights, checkpoint and classes cannot be chosen"
+            f"{spec} has its weights within: weights, a checkpoint and a number of classes cannot be chosen"
         )
     if not Path(spec).is_file():
         raise ModelError(f"there is no program {spec}")

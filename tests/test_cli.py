@@ -314,7 +314,7 @@ class TestExplain:
         ("model", "message"),
         [
             ("cli_factories:absent", "no 'absent'"),
-            ("cli_factories:Sine", "fft"),
+            ("cli_factories:Sine", "no rule"),
             ("absent.pt2", r"no program absent\.pt2"),
             ("text.pt2", r"text\.pt2"),
             ("resnet50", "names no model"),

@@ -65,7 +65,7 @@ class _Failure:
 
 
 class _Runner:
-    """A module or a saved program, called with samples."""
+    """A compiled model or a saved explanation, called with samples."""
 
     def __init__(self, loaded: Loaded, engine: EngineOptions, targets: Sequence[int], seed: str) -> None:
         self._explain, self._device, self._dtype = setup.make_runnable(loaded, engine)

@@ -85,12 +85,12 @@ def make_explainer(loaded: models.Loaded, options: EngineOptions) -> tuple[lrpfa
     Raises
     ------
     ModelError
-        It is a saved program, which is compiled already.
+        It is a saved explanation, which is compiled already.
     LrpfastError
         As `lrpfast.Explainer`.
     """
     if loaded.model is None:
-        raise ModelError(f"{loaded.spec} is a saved program, compiled already; a model is needed here")
+        raise ModelError(f"{loaded.spec} is a saved explanation, compiled already; a model is needed here")
     name = options.composite or DEFAULT_COMPOSITE
     bounds: dict[str, Any] = {}
     if composites.needs_range(name):
@@ -113,12 +113,12 @@ def make_explainer(loaded: models.Loaded, options: EngineOptions) -> tuple[lrpfa
 
 
 def make_runnable(loaded: models.Loaded, options: EngineOptions) -> tuple[Any, torch.device, torch.dtype]:
-    """Return what is called to explain, a compiled module or the saved program, and the device and dtype of its inputs.
+    """Return what is called to explain, a compiled model or the saved explanation, and the device and dtype of its inputs.
 
     Raises
     ------
     ModelError
-        Options are given that a saved program does not leave open.
+        Options are given that a saved explanation does not leave open.
     LrpfastError
         As `make_explainer`.
     """

@@ -8,6 +8,7 @@ weights), in which memory (in place where the operand dies), and in which layout
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -160,8 +161,10 @@ class Lowering:
 
     def _lower_ratio(self, node: fx.Node) -> Step:
         carrier, message, denominator, eps = node.args
-        out = message if self._writable(message, node) else None
-        return Step(node, self.kernels.ratio, (carrier, message, denominator, eps, out))
+        if self._writable(message, node):
+            return Step(node, self.kernels.ratio, (carrier, message, denominator, eps, message))
+        layout = next((t for t in (denominator, carrier) if t is not None and same_shape(t, node)), message)
+        return Step(node, _ratio_laid_out(self.kernels.ratio), (carrier, message, denominator, eps, layout))
 
     def _lower_ratio_sum(self, node: fx.Node) -> Step:
         carrier, a, b, denominator, eps = node.args
@@ -189,6 +192,22 @@ class Lowering:
             if a is not b and self._writable(left, node) and (not is_tensor(right) or value(right).dtype == value(node).dtype):
                 return Step(node, aten.mul_.Tensor, (left, right))
         return None
+
+
+@functools.cache
+def _ratio_laid_out(ratio: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`ratio` whose result lies in memory as another operand does.
+
+    A message may be an expanded view (behind an average pool), whose own layout would turn everything below it contiguous.
+    """
+
+    def laid_out(
+        carrier: torch.Tensor | None, message: torch.Tensor, denominator: torch.Tensor, eps: float, like: torch.Tensor
+    ) -> torch.Tensor:
+        out = torch.empty_like(like, dtype=message.dtype)
+        return ratio(carrier, message, denominator, eps, out)
+
+    return laid_out
 
 
 def _fusable(node: fx.Node) -> bool:
