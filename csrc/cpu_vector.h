@@ -28,13 +28,13 @@ inline float widen(std::uint16_t bits) {
   return value;
 }
 
-// To the nearest bfloat16, ties to even. A NaN stays one: it is cut, and made quiet so that no payload is cut to infinity.
+// To the nearest bfloat16, ties to even. A NaN is cut instead, lest rounding carry it over to zero; it stays one because
+// what arithmetic returns is a quiet NaN, whose mark is among the upper bits.
 inline std::uint16_t narrow(float value) {
   std::uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const std::uint32_t nan = (bits >> 16) | 0x40u;
-  return static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+  return static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 : rounded);
 }
 
 inline const float* load(const Operand& operand, std::int64_t offset, std::int64_t count, float* buffer) {

@@ -19,6 +19,7 @@ namespace {
 using lrpfast::ChannelSumArguments;
 using lrpfast::DType;
 using lrpfast::Operand;
+using lrpfast::PairArguments;
 using lrpfast::RatioArguments;
 
 // Below this many elements read a thread, waking another costs more than it saves.
@@ -75,6 +76,27 @@ const char* cuda_ratio(std::uintptr_t carrier, int carrier_dtype, bool carrier_b
 }
 #endif
 
+void pair(std::uintptr_t carrier, int carrier_dtype, std::uintptr_t message, int message_dtype, std::uintptr_t first,
+          int first_dtype, std::uintptr_t second, int second_dtype, std::uintptr_t upper, std::uintptr_t lower,
+          std::int64_t size, bool gamma_rule, double gamma_or_alpha, double beta, double eps, int threads) {
+  const PairArguments arguments = {operand(carrier, carrier_dtype, false),
+                                   operand(message, message_dtype, false),
+                                   operand(first, first_dtype, false),
+                                   operand(second, second_dtype, false),
+                                   {reinterpret_cast<void*>(upper), reinterpret_cast<void*>(lower)},
+                                   static_cast<DType>(message_dtype),
+                                   gamma_rule,
+                                   static_cast<float>(gamma_or_alpha),
+                                   static_cast<float>(beta),
+                                   static_cast<float>(eps)};
+  lrpfast::parallel_for(
+      size, kGrain, threads,
+      [](const void* context, std::int64_t begin, std::int64_t end) {
+        lrpfast::kernels().pair(*static_cast<const PairArguments*>(context), begin, end);
+      },
+      &arguments);
+}
+
 void channel_sum(std::uintptr_t carrier, int carrier_dtype, bool carrier_broadcast, std::uintptr_t message,
                  int message_dtype, std::uintptr_t result, std::int64_t rows, std::int64_t channels,
                  std::int64_t groups, std::int64_t positions, bool channels_last, int threads) {
@@ -113,6 +135,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of lrpfast. Takes raw pointers: call it through lrpfast.ops.";
   m.def("ratio", &ratio, py::call_guard<py::gil_scoped_release>());
+  m.def("pair", &pair, py::call_guard<py::gil_scoped_release>());
   m.def("channel_sum", &channel_sum, py::call_guard<py::gil_scoped_release>());
 #if LRPFAST_CUDA_BUILT
   m.def("cuda_ratio", &cuda_ratio, py::call_guard<py::gil_scoped_release>());

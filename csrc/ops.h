@@ -28,6 +28,19 @@ struct RatioArguments {
   float eps;
 };
 
+// Two results of one reading (RULES.md §2, Gamma and AlphaBeta), for R = carrier * message:
+//   gamma:      R / S(z + gamma z⁺) where z > 0, and R / S((1 + gamma) z - gamma z⁺) where z < 0; 0 elsewhere.
+//               `first` is z, `second` z⁺.
+//   alpha-beta: alpha R / S(z⁺), and -beta R / S(z⁻). `first` is z⁺ (null: carrier - z⁻), `second` z⁻.
+// All operands share one dense layout; nothing is broadcast.
+struct PairArguments {
+  Operand carrier, message, first, second;
+  void* results[2];
+  DType result_dtype;
+  bool gamma_rule;
+  float gamma_or_alpha, beta, eps;
+};
+
 // result[row, group, p] = sum over the group's channels of carrier * message.
 struct ChannelSumArguments {
   Operand carrier, message;
@@ -39,6 +52,7 @@ struct ChannelSumArguments {
 // One set of kernels an instruction set. Each computes the flat range [begin, end) of the result.
 struct Kernels {
   void (*ratio)(const RatioArguments&, std::int64_t begin, std::int64_t end);
+  void (*pair)(const PairArguments&, std::int64_t begin, std::int64_t end);
   void (*channel_sum)(const ChannelSumArguments&, std::int64_t begin, std::int64_t end);
 };
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +35,13 @@ SPEC = "lrpfast.demo:network"
 SIZE = 32
 PREPROCESSING = Preprocessing(size=(SIZE, SIZE), resize=(SIZE, SIZE), mean=(0.0,), std=(1.0,))
 CLASSES = tuple("0123456789")
-# The saved composite is the last.
 COMPOSITES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("epsilon", {}),
     ("epsilon_plus", {}),
     ("epsilon_alpha2_beta1", {}),
     ("epsilon_gamma_box", {"low": 0.0, "high": 1.0}),
 )
+SAVED = "epsilon_gamma_box"
 _TEST, _BATCH, _EPOCHS = 360, 64, 6
 
 
@@ -84,22 +83,35 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def train(images: Tensor, classes: Tensor) -> nn.Module:
-    """Train the network on images shifted at random; the same weights every time, on one machine."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        model = network().train()
-        steps = _EPOCHS * (len(images) // _BATCH)
-        optimiser = torch.optim.AdamW(model.parameters(), weight_decay=1e-2)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=3e-3, total_steps=steps)
-        for _ in range(_EPOCHS):
-            for batch in torch.randperm(len(images)).split(_BATCH)[: len(images) // _BATCH]:
-                down, right = torch.randint(-3, 4, (2,)).tolist()
-                shifted = torch.roll(images[batch], (down, right), dims=(2, 3))
-                optimiser.zero_grad()
-                nn.functional.cross_entropy(model(shifted), classes[batch]).backward()
-                optimiser.step()
-                schedule.step()
+    """Train the network on images shifted at random; the same weights every time.
+
+    In one thread, which is enough for so small a network: ten seconds. More would wait for each other on a busy
+    machine, and sum in another order on another one.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            model = network().train()
+            _fit(model, images, classes)
+    finally:
+        torch.set_num_threads(threads)
     return model.eval()
+
+
+def _fit(model: nn.Module, images: Tensor, classes: Tensor) -> None:
+    steps = _EPOCHS * (len(images) // _BATCH)
+    optimiser = torch.optim.AdamW(model.parameters(), weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=3e-3, total_steps=steps)
+    for _ in range(_EPOCHS):
+        for batch in torch.randperm(len(images)).split(_BATCH)[: len(images) // _BATCH]:
+            down, right = torch.randint(-3, 4, (2,)).tolist()
+            shifted = torch.roll(images[batch], (down, right), dims=(2, 3))
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(model(shifted), classes[batch]).backward()
+            optimiser.step()
+            schedule.step()
 
 
 def one_of_each(classes: Tensor) -> Tensor:
@@ -107,10 +119,12 @@ def one_of_each(classes: Tensor) -> Tensor:
     return torch.stack([(classes == digit).nonzero()[0, 0] for digit in range(len(CLASSES))])
 
 
-def explainers(model: nn.Module, inputs: Tensor) -> Iterator[tuple[str, lrpfast.Explainer]]:
-    """Compile an explainer for each composite of the demo."""
-    for name, options in COMPOSITES:
-        yield name, lrpfast.Explainer(model, inputs, composite=composites.get(name, **options))
+def with_rivals(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Pair the class of each image, which are all classes in order, with the strongest other one: [N, 2]."""
+    with torch.no_grad():
+        logits = model(inputs)
+    own = torch.arange(len(CLASSES))
+    return torch.stack([own, logits.scatter(1, own[:, None], -torch.inf).argmax(1)], dim=1)
 
 
 def sheet(images: Tensor, pairs: Tensor, maps: dict[str, Tensor], cell: int = 96) -> Image.Image:
@@ -140,55 +154,60 @@ def run(output: Path, figure: Path | None) -> None:
     """
     check_writable(output)
     if figure is not None:
+        viz.check_suffix(figure)
         check_writable(figure.parent)
     began = time.perf_counter()
+
+    def say(text: str) -> None:
+        click.echo(f"{time.perf_counter() - began:6.1f} s  {text}")
+
     images, classes = digits()
     inputs = images[:, None].float().div(255)
     model = train(inputs[_TEST:], classes[_TEST:])
     with torch.no_grad():
         accuracy = (model(inputs[:_TEST]).argmax(1) == classes[:_TEST]).float().mean().item()
-    _say(began, f"trained on {len(images) - _TEST} digits: {accuracy:.1%} of {_TEST} others are recognised")
+    say(f"trained on {len(images) - _TEST} digits: {accuracy:.1%} of {_TEST} others are recognised")
 
     chosen = one_of_each(classes[:_TEST])
     images, inputs = images[chosen], inputs[chosen]
-    with torch.no_grad():
-        logits = model(inputs)
-    own = torch.arange(len(CLASSES))
-    rivals = logits.scatter(1, own[:, None], -torch.inf).argmax(1)
-    pairs = torch.stack([own, rivals], dim=1)
-    maps: dict[str, Tensor] = {}
-    for name, explainer in explainers(model, inputs):
-        # Two maps an image, from one forward pass.
-        explanation = explainer(inputs, target=pairs)
+    pairs = with_rivals(model, inputs)
+    explainers = {
+        name: lrpfast.Explainer(model, inputs, composites.get(name, **options)) for name, options in COMPOSITES
+    }
+    say(f"compiled {len(explainers)} explainers")
+    maps = {}
+    for name, explainer in explainers.items():
+        explanation = explainer(inputs, target=pairs)  # two maps an image, from one forward pass
         maps[name] = explanation.heatmap()
         share = explanation.conservation()[:, 0].median().item()
-        _say(began, f"{name}: {maps[name][:, :, 0, 0].numel()} maps, conservation {share:.3f} (median)")
+        say(f"{name}: {pairs.numel()} maps; conservation {share:.2f} (median), biases take the rest")
+
     make_folder(output)
     contact = sheet(images, pairs, maps)
     viz.save(contact, output / "maps.png")
-    _say(began, f"contact sheet: {output / 'maps.png'}")
+    say(f"contact sheet: {output / 'maps.png'}")
     if figure is not None:
         make_folder(figure.parent)
         viz.save(contact, figure)
-        _say(began, f"figure: {figure}")
+        say(f"figure: {figure}")
 
-    program = output / "digits-lrp.pt2"
+    program, folder = output / "digits-lrp.pt2", make_folder(output / "digits")
+    explainer = explainers[SAVED]
     explainer.save(program, extra=Loaded(SPEC, preprocessing=PREPROCESSING, categories=CLASSES).describe())
-    _say(began, f"saved program: {program} ({program.stat().st_size / 2**20:.1f} MiB)")
-    folder = make_folder(output / "digits")
+    say(f"saved program: {program} ({program.stat().st_size / 2**20:.1f} MiB)")
     for digit, image in zip(CLASSES, images, strict=True):
         viz.save(Image.fromarray(image.numpy()), folder / f"{digit}.png")
     expected = explainer(inputs).relevance
     assert isinstance(expected, Tensor)
     difference = reproduce(program, folder, output / "explained", expected)
-    _say(
-        began, f"another process loaded the program and explained {folder}: the maps differ by {difference:.0e} at most"
+    say(
+        f"another process, which never saw the network, explained {folder} with it: the maps differ by {difference:.0e}"
     )
+    click.echo(f"\nTry it: lrpfast explain --model {program} {folder} --target 3 -o {output / 'threes'}")
 
 
 def reproduce(program: Path, folder: Path, output: Path, expected: Tensor) -> float:
-    """Explain a folder of images with a saved program in another process, and compare the relevance with what is
-    expected.
+    """Explain a folder of images with a saved program in another process, and compare with the relevance expected.
 
     Returns
     -------
@@ -211,10 +230,6 @@ def reproduce(program: Path, folder: Path, output: Path, expected: Tensor) -> fl
             f"the maps of {program} differ from the explainer's by {difference:.1e} of the largest relevance"
         )
     return difference
-
-
-def _say(began: float, text: str) -> None:
-    click.echo(f"{time.perf_counter() - began:6.1f} s  {text}")
 
 
 @click.command()

@@ -104,8 +104,8 @@ def load(
     ----------
     spec
         `torchvision:NAME` and `timm:NAME`: an architecture of these libraries. `path/to/program.pt2`: an explanation
-        that lrpfast saved, or a model that `torch.export` saved. `package.module:factory`: a module, or something that is
-        called without arguments and returns one.
+        that lrpfast saved, or a model that `torch.export` saved. `package.module:factory`: a module, or something that
+        is called without arguments and returns one.
     weights
         Pretrained weights of torchvision ("DEFAULT", "IMAGENET1K_V2", ...) or timm ("DEFAULT", or a tag such as
         "a1_in1k"). None without a checkpoint: random weights, the same ones every time, and a note that says so (a

@@ -219,11 +219,16 @@ def save(image: Image.Image, path: str | os.PathLike[str]) -> None:
     OutputError
         The suffix names no picture format, or the file cannot be written.
     """
+    check_suffix(path)
+    with replacing(path) as temporary:
+        image.save(temporary)
+
+
+def check_suffix(path: str | os.PathLike[str]) -> None:
+    """Raise `OutputError` where the suffix of a file names no picture format that can be written."""
     path = Path(path)
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise OutputError(f"{path} has no suffix of a picture format; use .png")
-    with replacing(path) as temporary:
-        image.save(temporary)
 
 
 def save_array(array: np.ndarray, path: str | os.PathLike[str]) -> None:

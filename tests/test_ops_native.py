@@ -13,15 +13,12 @@ import lrpfast
 from lrpfast import backends
 from lrpfast.ops import native
 
-PACKAGE_PARENT = str(Path(lrpfast.__file__).parents[1])
-
 
 def run(code: str, **environment: str) -> str:
-    """Run code in a process of its own, where the package is the one under test; what it prints."""
-    path = os.pathsep.join([PACKAGE_PARENT, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(os.pathsep)
+    """Run code in a process of its own; what it prints."""
     done = subprocess.run(
         [sys.executable, "-W", "error::RuntimeWarning", "-c", textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": path, **environment},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=120,

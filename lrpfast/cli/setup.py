@@ -113,7 +113,7 @@ def make_explainer(loaded: models.Loaded, options: EngineOptions) -> tuple[lrpfa
 
 
 def make_runnable(loaded: models.Loaded, options: EngineOptions) -> tuple[Any, torch.device, torch.dtype]:
-    """Return what is called to explain, a compiled model or the saved explanation, and the device and dtype of its inputs.
+    """Return what explains, a compiled model or the saved explanation, and the device and dtype of its inputs.
 
     Raises
     ------

@@ -29,6 +29,33 @@ def ratio_sum(carrier: Tensor | None, message_a: Tensor, message_b: Tensor, deno
     return _ratio(carrier, total, denominator.to(dtype), eps).to(message_a.dtype)
 
 
+def gamma_pair(
+    carrier: Tensor | None, message: Tensor, z: Tensor, z_plus: Tensor, gamma: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The two ratios of the Gamma rule; see `reference.gamma_pair`."""
+    dtype = compute_dtype(message, z, carrier)
+    wide, shift = z.to(dtype), z_plus.to(dtype) * gamma
+    denominator = torch.where(wide > 0, wide + shift, wide * (1 + gamma) - shift)
+    s = _ratio(carrier, message.to(dtype), denominator, eps)
+    return torch.where(wide > 0, s, 0).to(message.dtype), torch.where(wide < 0, s, 0).to(message.dtype)
+
+
+def alpha_beta_pair(
+    carrier: Tensor | None,
+    message: Tensor,
+    z_plus: Tensor | None,
+    z_minus: Tensor,
+    alpha: float,
+    beta: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The two ratios of the AlphaBeta rule; see `reference.alpha_beta_pair`."""
+    if z_plus is None:
+        assert carrier is not None
+        z_plus = carrier - z_minus
+    return ratio(carrier, message, z_plus, eps) * alpha, ratio(carrier, message, z_minus, eps) * -beta
+
+
 def channel_sum(carrier: Tensor | None, message: Tensor, groups: int) -> Tensor:
     """Sum of `carrier * message` over the channels of each group; see `reference.channel_sum`."""
     dtype = compute_dtype(message, message, carrier)

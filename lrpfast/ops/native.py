@@ -82,6 +82,41 @@ def ratio_sum(
     return out
 
 
+def gamma_pair(
+    carrier: Tensor | None,
+    message: Tensor,
+    z: Tensor,
+    z_plus: Tensor,
+    gamma: float,
+    eps: float,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The two ratios of the Gamma rule; see `reference.gamma_pair`."""
+    if out is None:
+        out = (torch.empty_like(z, dtype=message.dtype), torch.empty_like(z, dtype=message.dtype))
+    if not _pair(carrier, message, z, z_plus, out, True, gamma, 0.0, eps):
+        return reference.gamma_pair(carrier, message, z, z_plus, gamma, eps, out=out)
+    return out
+
+
+def alpha_beta_pair(
+    carrier: Tensor | None,
+    message: Tensor,
+    z_plus: Tensor | None,
+    z_minus: Tensor,
+    alpha: float,
+    beta: float,
+    eps: float,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The two ratios of the AlphaBeta rule; see `reference.alpha_beta_pair`."""
+    if out is None:
+        out = (torch.empty_like(z_minus, dtype=message.dtype), torch.empty_like(z_minus, dtype=message.dtype))
+    if not _pair(carrier, message, z_plus, z_minus, out, False, alpha, beta, eps):
+        return reference.alpha_beta_pair(carrier, message, z_plus, z_minus, alpha, beta, eps, out=out)
+    return out
+
+
 def channel_sum(carrier: Tensor | None, message: Tensor, groups: int, out: Tensor | None = None) -> Tensor:
     """Sum of `carrier * message` over the channels of each group; see `reference.channel_sum`."""
     if out is None:
@@ -126,6 +161,43 @@ def _ratio(
         out.data_ptr(),
         layout.rows,
         layout.row_size,
+        eps,
+        torch.get_num_threads(),
+    )
+    return True
+
+
+def _pair(
+    carrier: Tensor | None,
+    message: Tensor,
+    first: Tensor | None,
+    second: Tensor,
+    out: tuple[Tensor, Tensor],
+    gamma_rule: bool,
+    gamma_or_alpha: float,
+    beta: float,
+    eps: float,
+) -> bool:
+    """Run the kernel if it can take these operands; whether it did."""
+    if extension is None:
+        return False
+    given = [t for t in (carrier, message, first, second) if t is not None]
+    codes = [_dtype_code(t) for t in given]
+    if None in codes or any(_dtype_code(o) != _dtype_code(message) for o in out):
+        return False
+    if not _same_layout(tuple((t.shape, t.stride()) for t in (*given, *out))):
+        return False
+    operands: list[int] = []
+    for tensor in (carrier, message, first, second):
+        operands += [0, 0] if tensor is None else [tensor.data_ptr(), _DTYPE_CODES[tensor.dtype]]
+    extension.pair(
+        *operands,
+        out[0].data_ptr(),
+        out[1].data_ptr(),
+        message.numel(),
+        gamma_rule,
+        gamma_or_alpha,
+        beta,
         eps,
         torch.get_num_threads(),
     )
@@ -210,6 +282,13 @@ def _ratio_layout(
         rows = message[0][0]
         return _RatioLayout(rows, size // max(rows, 1), carrier_broadcast, denominator_broadcast)
     return _RatioLayout(1, size, False, False)
+
+
+@functools.lru_cache(maxsize=4096)
+def _same_layout(geometries: tuple[_Geometry, ...]) -> bool:
+    """Whether all operands are dense and number their elements alike."""
+    first = geometries[0]
+    return _is_dense(first) and all(_broadcast(g, first) is False for g in geometries[1:])
 
 
 @functools.lru_cache(maxsize=4096)

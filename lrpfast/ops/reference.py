@@ -6,6 +6,8 @@ that is to be traced, see `decompositions`, the same formulas as expressions.
 Computation is in at least float32: half-precision operands are converted first and the result is rounded once.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -68,6 +70,75 @@ def ratio_sum(
     if out.dtype == dtype:
         return ratio(carrier, total, denominator, eps, out=out)
     return out.copy_(ratio(carrier, total, denominator, eps, out=total))
+
+
+def gamma_pair(
+    carrier: Tensor | None,
+    message: Tensor,
+    z: Tensor,
+    z_plus: Tensor,
+    gamma: float,
+    eps: float,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The two ratios of the Gamma rule for a signed output, for `R = carrier * message`.
+
+    `R / S(z + gamma z_plus)` where `z > 0`, and `R / S((1 + gamma) z - gamma z_plus)` where `z < 0`; 0 elsewhere. All
+    operands are of one shape; the results have the message's dtype.
+    """
+    if out is None:
+        out = (torch.empty_like(z, dtype=message.dtype), torch.empty_like(z, dtype=message.dtype))
+    dtype = compute_dtype(message, z, carrier)
+    for sample in range(z.shape[0]):  # temporaries of a sample stay in the cache
+        own_carrier, own, own_z, own_plus = _sample(sample, dtype, carrier, message, z, z_plus)
+        # Both denominators have the sign of z and the size |z| + gamma (z⁺ + max(-z, 0)): the sign is put on last.
+        negative = own_z.clamp(max=0)
+        size = own_z.abs().add_(own_plus, alpha=gamma).sub_(negative, alpha=gamma)
+        s = _product(own_carrier, own).div_(size.add_(eps))
+        upper = torch.ops.aten.threshold_backward(s, own_z, 0)  # s where z > 0: in a fraction of the time of a where
+        lower = torch.ops.aten.threshold_backward(s, negative.neg_(), 0)
+        out[0][sample].copy_(upper)
+        torch.neg(lower, out=out[1][sample]) if out[1].dtype == dtype else out[1][sample].copy_(lower.neg_())
+    return out
+
+
+def alpha_beta_pair(
+    carrier: Tensor | None,
+    message: Tensor,
+    z_plus: Tensor | None,
+    z_minus: Tensor,
+    alpha: float,
+    beta: float,
+    eps: float,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The two ratios of the AlphaBeta rule, `alpha R / S(z_plus)` and `-beta R / S(z_minus)`, for `R = carrier * message`.
+
+    Where `z_plus` is None it is `carrier - z_minus`: the carrier is then a ReLU of the layer's output, and where it is not
+    zero this loses no digits. All operands are of one shape; the results have the message's dtype.
+    """
+    if out is None:
+        out = (torch.empty_like(z_minus, dtype=message.dtype), torch.empty_like(z_minus, dtype=message.dtype))
+    dtype = compute_dtype(message, z_minus, carrier)
+    for sample in range(z_minus.shape[0]):
+        own_carrier, own, own_plus, own_minus = _sample(sample, dtype, carrier, message, z_plus, z_minus)
+        if own_plus is None:
+            own_plus = own_carrier - own_minus
+        relevance = _product(own_carrier, own)
+        minus = ratio(None, relevance, own_minus, eps).mul_(-beta)
+        out[0][sample].copy_(ratio(None, relevance, own_plus, eps, out=relevance).mul_(alpha))
+        out[1][sample].copy_(minus)
+    return out
+
+
+def _sample(index: int, dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
+    """One sample of each tensor, in the dtype of the computation."""
+    return [None if t is None else t[index].to(dtype) for t in tensors]
+
+
+def _product(carrier: Tensor | None, message: Tensor) -> Tensor:
+    """The relevance, in memory of its own."""
+    return message.clone() if carrier is None else carrier * message
 
 
 def channel_sum(carrier: Tensor | None, message: Tensor, groups: int, out: Tensor | None = None) -> Tensor:

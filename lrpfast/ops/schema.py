@@ -38,6 +38,26 @@ def ratio_sum_result(
     return torch.empty_like(message_a)
 
 
+def gamma_pair_result(
+    carrier: Tensor | None, message: Tensor, z: Tensor, z_plus: Tensor, gamma: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The uninitialised results of `gamma_pair`: laid out like `z`, of the message's dtype."""
+    return torch.empty_like(z, dtype=message.dtype), torch.empty_like(z, dtype=message.dtype)
+
+
+def alpha_beta_pair_result(
+    carrier: Tensor | None,
+    message: Tensor,
+    z_plus: Tensor | None,
+    z_minus: Tensor,
+    alpha: float,
+    beta: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The uninitialised results of `alpha_beta_pair`: laid out like `z_minus`, of the message's dtype."""
+    return torch.empty_like(z_minus, dtype=message.dtype), torch.empty_like(z_minus, dtype=message.dtype)
+
+
 def channel_sum_result(carrier: Tensor | None, message: Tensor, groups: int) -> Tensor:
     """The uninitialised result of `channel_sum`: `[N, groups, *spatial]`, contiguous."""
     torch._check(message.dim() >= 2, lambda: f"channel_sum: the message {_describe(message)} is not [N, C, *spatial]")
@@ -65,17 +85,26 @@ def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
-OPERATORS: dict[str, tuple[str, Callable[..., Tensor]]] = {
+OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
     "ratio": ("(Tensor? carrier, Tensor message, Tensor denominator, float eps) -> Tensor", ratio_result),
     "ratio_sum": (
         "(Tensor? carrier, Tensor message_a, Tensor message_b, Tensor denominator, float eps) -> Tensor",
         ratio_sum_result,
     ),
+    "gamma_pair": (
+        "(Tensor? carrier, Tensor message, Tensor z, Tensor z_plus, float gamma, float eps) -> (Tensor, Tensor)",
+        gamma_pair_result,
+    ),
+    "alpha_beta_pair": (
+        "(Tensor? carrier, Tensor message, Tensor? z_plus, Tensor z_minus, float alpha, float beta, float eps)"
+        " -> (Tensor, Tensor)",
+        alpha_beta_pair_result,
+    ),
     "channel_sum": ("(Tensor? carrier, Tensor message, int groups) -> Tensor", channel_sum_result),
 }
 
 
-def _into_result(compute: Callable[..., Tensor], result: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _into_result(compute: Callable[..., Any], result: Callable[..., Any]) -> Callable[..., Any]:
     def implementation(*arguments: Any) -> Tensor:
         return compute(*arguments, out=result(*arguments))
 

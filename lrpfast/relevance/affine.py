@@ -9,6 +9,7 @@ A rule function takes the layer and the message at its output and returns the me
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -110,6 +111,18 @@ class Layer:
             if value(result).shape[dim] != count:
                 result = self.walk.call(aten.slice.Tensor, result, dim, 0, count)
         return result
+
+    def dgrad_pair(self, s: fx.Node, first: fx.Node, second: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """``(W₁ᵀs, W₂ᵀs)``, as one transpose with stacked input channels where the layer has one group."""
+        if self.groups != 1 or self.transposed:
+            return self.dgrad(s, first), self.dgrad(s, second)
+        weights = [self.walk.build.tensor(w) for w in (first, second)]
+        key = ("stacked", first.target, second.target)
+        stacked = self.walk.build.derived(key, lambda: torch.cat(weights, 1), f"{first.target}_stacked")
+        both = self.dgrad(s, stacked)
+        dim, count = (1 if self.is_conv else rank(both) - 1), weights[0].shape[1]
+        first_part = self.walk.call(aten.slice.Tensor, both, dim, 0, count)
+        return first_part, self.walk.call(aten.slice.Tensor, both, dim, count, 2 * count)
 
     # --- constants of the input's shape ---
 
@@ -241,19 +254,20 @@ def _alpha_beta(layer: Layer, message: Message, rule: AlphaBeta) -> Message:
         return _zplus(layer, message, ZPlus(rule.stabilizer))
     walk = layer.walk
     plus, minus = layer.plus[0], layer.minus[0]
-    s_plus = _scaled(walk, walk.ratio(message, _positive_part(layer), rule.stabilizer), rule.alpha)
-    s_minus = _scaled(walk, walk.ratio(message, _negative_part(layer), rule.stabilizer), -rule.beta)
+    behind_relu = is_relu_of(message.carrier, layer.z)
+    z_plus = None if behind_relu else _positive_part(layer)  # y - z⁻: both of one sign where y > 0
+    pair = walk.call(
+        ops.alpha_beta_pair.default, message.carrier, walk.single(message), z_plus, _negative_part(layer), rule.alpha,
+        rule.beta, rule.stabilizer,
+    )  # fmt: skip
+    s_plus, s_minus = (walk.call(operator.getitem, pair, i) for i in range(2))
     if layer.nonnegative:
-        _note(layer, "3 + 2: x >= 0, W⁺ and W⁻")
+        _note(layer, "2 + 2: x >= 0, z⁺ = y - z⁻" if behind_relu else "3 + 2: x >= 0, W⁺ and W⁻")
         return Message((layer.dgrad(s_plus, plus), layer.dgrad(s_minus, minus)), layer.x)
     _note(layer, "5 + 4: signed x")
     positive = walk.call(aten.add.Tensor, layer.dgrad(s_plus, plus), layer.dgrad(s_minus, minus))
     negative = walk.call(aten.add.Tensor, layer.dgrad(s_plus, minus), layer.dgrad(s_minus, plus))
     return _by_sign(layer, positive, negative)
-
-
-def _scaled(walk: Walk, tensor: fx.Node, factor: float) -> fx.Node:
-    return tensor if factor == 1 else walk.call(aten.mul.Tensor, tensor, factor)
 
 
 def _gamma(layer: Layer, message: Message, rule: Gamma) -> Message:
@@ -264,12 +278,10 @@ def _gamma(layer: Layer, message: Message, rule: Gamma) -> Message:
         s = walk.ratio(message, layer.forward(layer.x, p_weight, p_bias), eps)
         return Message((layer.dgrad(s, p_weight),), layer.x)
     n_weight, _ = layer.modified(("gamma_minus", gamma), lambda t: t + gamma * t.clamp(max=0))
-    z = layer.z
-    positive = walk.call(aten.gt.Scalar, z, 0)
-    s = walk.ratio(message, _gamma_denominator(layer, gamma, positive), eps)
-    zero = _scalar(layer, z, 0.0)
-    s_p = walk.call(aten.where.self, positive, s, zero)
-    s_n = walk.call(aten.where.self, walk.call(aten.lt.Scalar, z, 0), s, zero)
+    pair = walk.call(
+        ops.gamma_pair.default, message.carrier, walk.single(message), layer.z, _positive_part(layer), gamma, eps
+    )
+    s_p, s_n = (walk.call(operator.getitem, pair, i) for i in range(2))
     upper = walk.call(aten.add.Tensor, layer.dgrad(s_p, p_weight), layer.dgrad(s_n, n_weight))
     if layer.nonnegative:
         _note(layer, "2 + 2: x >= 0, signed output")
@@ -277,20 +289,6 @@ def _gamma(layer: Layer, message: Message, rule: Gamma) -> Message:
     _note(layer, "3 + 4: signed x")
     lower = walk.call(aten.add.Tensor, layer.dgrad(s_p, n_weight), layer.dgrad(s_n, p_weight))
     return _by_sign(layer, upper, lower)
-
-
-def _gamma_denominator(layer: Layer, gamma: float, positive: fx.Node) -> fx.Node:
-    """``z + γz⁺`` where ``z > 0``, else ``z + γz⁻ = (1 + γ)z - γz⁺``: of one sign each, so no digits are lost."""
-    walk, z = layer.walk, layer.z
-    shift = walk.call(aten.mul.Tensor, _positive_part(layer), gamma)
-    upper = walk.call(aten.add.Tensor, z, shift)
-    lower = walk.call(aten.sub.Tensor, walk.call(aten.mul.Tensor, z, 1 + gamma), shift)
-    return walk.call(aten.where.self, positive, upper, lower)
-
-
-def _scalar(layer: Layer, like: fx.Node, fill: float) -> fx.Node:
-    tensor = filled(layer.weight, [], fill)
-    return layer.walk.build.derived(("scalar", fill, tensor.dtype), lambda: tensor, "zero")
 
 
 def _zbox(layer: Layer, message: Message, rule: ZBox) -> Message:
@@ -302,18 +300,14 @@ def _zbox(layer: Layer, message: Message, rule: ZBox) -> Message:
     plus, minus = layer.plus[0], layer.minus[0]
     offset = layer.evaluate(low, walk.build.tensor(plus), layer.bias)  # the bias: z has it, the denominator has not
     offset = offset + layer.evaluate(high, walk.build.tensor(minus), None)
-    offset_node = walk.constant(offset, "box_offset")
-    if isinstance(layer, TargetRow):
-        offset_node = walk.call(aten.unsqueeze.default, layer.row(walk.constant(offset[0], "box_offset_row")), 1)
-    s = walk.ratio(message, walk.call(aten.sub.Tensor, layer.z, offset_node), rule.stabilizer)
+    denominator = walk.call(aten.sub.Tensor, layer.z, walk.constant(offset, "box_offset"))
+    s = walk.ratio(message, denominator, rule.stabilizer)
     # x Wᵀs - l W⁺ᵀs - h W⁻ᵀs = (x - l) W⁺ᵀs + (x - h) W⁻ᵀs
     terms = [
         walk.call(
-            aten.mul.Tensor,
-            walk.call(aten.sub.Tensor, layer.x, walk.constant(bound.contiguous(), "box_bound")),
-            layer.dgrad(s, weight),
+            aten.mul.Tensor, walk.call(aten.sub.Tensor, layer.x, walk.constant(bound.contiguous(), "box_bound")), gradient
         )
-        for bound, weight in ((low, plus), (high, minus))
+        for bound, gradient in zip((low, high), layer.dgrad_pair(s, plus, minus), strict=True)
     ]
     return Message((walk.call(aten.add.Tensor, *terms),))
 

@@ -151,10 +151,13 @@ class Lowering:
 
     def _writable(self, candidate: Any, user: fx.Node) -> bool:
         """Whether `user` may write its result over an operand."""
+        return self._replaceable(candidate, user, value(user))
+
+    def _replaceable(self, candidate: Any, user: fx.Node, result: torch.Tensor) -> bool:
         return (
             is_tensor(candidate)
-            and same_shape(candidate, user)
-            and value(candidate).dtype == value(user).dtype
+            and value(candidate).shape == result.shape
+            and value(candidate).dtype == result.dtype
             and self.liveness.owned(candidate)
             and self.liveness.dies_at(candidate, user)
         )
@@ -170,6 +173,17 @@ class Lowering:
         carrier, a, b, denominator, eps = node.args
         out = next((m for m in (a, b) if self._writable(m, node)), None)
         return Step(node, self.kernels.ratio_sum, (carrier, a, b, denominator, eps, out))
+
+    def _lower_gamma_pair(self, node: fx.Node) -> Step:
+        """Written over the message and `z_plus`, where these die here."""
+        return self._pair(node, self.kernels.gamma_pair, (node.args[1], node.args[3]), node.args[2])
+
+    def _lower_alpha_beta_pair(self, node: fx.Node) -> Step:
+        return self._pair(node, self.kernels.alpha_beta_pair, tuple(node.args[1:4]), node.args[3])
+
+    def _pair(self, node: fx.Node, function: Callable[..., Any], candidates: tuple, like: fx.Node) -> Step:
+        free = [c for c in candidates if self._replaceable(c, node, node.meta["val"][0])][:2]
+        return Step(node, _into_pair(function), (*node.args, *(free + [like, like])[:2], *(len(free) > i for i in range(2))))
 
     def _lower_channel_sum(self, node: fx.Node) -> Step:
         return Step(node, self.kernels.channel_sum, tuple(node.args))
@@ -208,6 +222,22 @@ def _ratio_laid_out(ratio: Callable[..., torch.Tensor]) -> Callable[..., torch.T
         return ratio(carrier, message, denominator, eps, out)
 
     return laid_out
+
+
+@functools.cache
+def _into_pair(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A pair operator told for each result which operand to write over, or which to make memory like."""
+
+    def run(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        *operands, first, second, over_first, over_second = args
+        dtype = operands[1].dtype
+        out = (
+            first if over_first else torch.empty_like(first, dtype=dtype),
+            second if over_second else torch.empty_like(second, dtype=dtype),
+        )
+        return function(*operands, out=out)
+
+    return run
 
 
 def _fusable(node: fx.Node) -> bool:

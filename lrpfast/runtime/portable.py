@@ -6,6 +6,7 @@ decomposition makes of constants alone (a flipped weight) is computed now and no
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,9 @@ def portable(program: Program) -> Program:
             builder.graph.output(fx.map_arg(node.args[0], lambda n: env[n]))
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
+            if node.target is operator.getitem and isinstance(args[0], (tuple, list)):
+                env[node] = args[0][args[1]]  # one of the results of a decomposed operator
+                continue
             ours = node.target in _DECOMPOSITIONS
             env[node] = _decompose(builder, node, args) if ours else builder.call(node.target, *args, **kwargs)
     builder.graph.eliminate_dead_code()
@@ -44,7 +48,7 @@ def portable(program: Program) -> Program:
     return Program(builder.graph, {k: v for k, v in builder.constants.items() if k in used}, program.fake_mode)
 
 
-def _decompose(builder: Builder, node: fx.Node, args: tuple) -> fx.Node:
+def _decompose(builder: Builder, node: fx.Node, args: tuple) -> Any:
     function = _DECOMPOSITIONS[node.target]
     tensors = [a for a in args if is_tensor(a)]
 
@@ -60,7 +64,7 @@ def _decompose(builder: Builder, node: fx.Node, args: tuple) -> fx.Node:
         if inner.op == "placeholder":
             env[inner] = next(remaining)
         elif inner.op == "output":
-            return env[inner.args[0]]
+            return fx.map_arg(inner.args[0], lambda n: env[n])
         elif inner.op == "get_attr":
             env[inner] = builder.constant(getattr(traced, inner.target), f"{operation_name(node)}_constant")
         else:
