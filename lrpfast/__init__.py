@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from lrpfast._version import __version__
 
 _LAZY = {
     "Explainer": "lrpfast.explainer",
@@ -20,7 +20,18 @@ _LAZY = {
 }
 _MODULES = ("composites", "errors", "export", "rules", "viz")
 
-__all__ = ["Composite", "Explainer", "Explanation", "LayerInfo", "composites", "errors", "explain", "load", "rules"]
+__all__ = [
+    "Composite",
+    "Explainer",
+    "Explanation",
+    "LayerInfo",
+    "__version__",
+    "composites",
+    "errors",
+    "explain",
+    "load",
+    "rules",
+]
 
 if TYPE_CHECKING:
     from lrpfast import composites, errors, rules

@@ -12,6 +12,7 @@ Each handler below takes one ATen operation and emits the canonical one. After t
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -125,7 +126,9 @@ def _handles(*names: str) -> Callable[[Handler], Handler]:
 
 @_handles("conv1d", "conv2d", "conv3d")
 def _conv(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
-    x, weight, bias, stride, padding, dilation, groups = _fill(args, kwargs, [None, None, None, 1, 0, 1, 1], _CONV_NAMES)
+    x, weight, bias, stride, padding, dilation, groups = _fill(
+        args, kwargs, [None, None, None, 1, 0, 1, 1], _CONV_NAMES
+    )
     dims = rank(weight) - 2
     stride, dilation = as_list(stride, dims), as_list(dilation, dims)
     if isinstance(padding, str):
@@ -242,7 +245,7 @@ def _fold(builder: Builder, node: fx.Node, layer: fx.Node, statistics: list, eps
     if len(source.users) != 1 or not _is_constant(layer.args[1]) or "folded" in source.meta:
         return None
     weight, bias = builder.tensor(layer.args[1]), layer.args[2]
-    scale, shift = batch_norm_affine(*statistics, eps)
+    scale, shift = batch_norm_affine(statistics, eps)
     old = torch.zeros_like(shift) if bias is None else builder.tensor(bias).double()
     transposed = convolution and layer.args[6]
     with torch.no_grad():
@@ -259,10 +262,10 @@ def _fold(builder: Builder, node: fx.Node, layer: fx.Node, statistics: list, eps
     return folded
 
 
-def batch_norm_affine(
-    weight: torch.Tensor | None, bias: torch.Tensor | None, mean: torch.Tensor, var: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Batch norm as ``y = scale * x + shift`` a channel, in float64."""
+def batch_norm_affine(statistics: list[torch.Tensor | None], eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Batch norm, given by weight, bias, mean and variance, as ``y = scale * x + shift`` a channel, in float64."""
+    weight, bias, mean, var = statistics
+    assert mean is not None and var is not None
     with torch.no_grad():
         scale = (var.double() + eps).rsqrt()
         if weight is not None:
@@ -418,7 +421,7 @@ def _gather_pad(builder: Builder, x: fx.Node, amounts: list[int], mode: str) -> 
         size = value(x).shape[dim]
         left, right = amounts[2 * pair : 2 * pair + 2]
         index = F.pad(torch.arange(size, dtype=torch.float64)[None, None], (left, right), mode=mode)[0, 0].long()
-        node = builder.derived(("pad", mode, size, left, right), lambda index=index: index, "padding_index")
+        node = builder.derived(("pad", mode, size, left, right), functools.partial(torch.clone, index), "padding_index")
         x = builder.call(aten.index_select.default, x, dim, node)
         x.meta["layer_padding"] = True
     return x

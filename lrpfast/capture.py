@@ -66,7 +66,9 @@ def capture(model: torch.nn.Module | ExportedProgram, inputs: tuple[torch.Tensor
 def _check_mode(model: torch.nn.Module) -> None:
     for name, module in model.named_modules():
         batch_statistics = isinstance(module, torch.nn.modules.batchnorm._NormBase) and module.training
-        if batch_statistics and (module.track_running_stats or not isinstance(module, torch.nn.modules.instancenorm._InstanceNorm)):
+        if batch_statistics and (
+            module.track_running_stats or not isinstance(module, torch.nn.modules.instancenorm._InstanceNorm)
+        ):
             raise CaptureError(
                 f"the {type(module).__name__} {name!r} is in training mode: it would normalise with the statistics of "
                 "the batch, so that a sample's map depended on its neighbours. Call model.eval() first"
@@ -105,7 +107,9 @@ def _functional(exported: ExportedProgram) -> ExportedProgram:
         return exported.run_decompositions({})
 
 
-def _explain_failure(model: torch.nn.Module | ExportedProgram, inputs: tuple[torch.Tensor, ...], error: Exception) -> str:
+def _explain_failure(
+    model: torch.nn.Module | ExportedProgram, inputs: tuple[torch.Tensor, ...], error: Exception
+) -> str:
     """Say where in the user's code the capture failed, and why, without torch's pages of advice."""
     shapes = ", ".join(f"[batch, {', '.join(map(str, x.shape[1:]))}]" for x in inputs)
     reason = str(error).strip().split("\n")[0] or type(error).__name__
@@ -180,7 +184,9 @@ def _fake_mode(exported: ExportedProgram) -> Any:
 def _placeholder(builder: Builder, exported: ExportedProgram, node: fx.Node, spec: Any) -> Any:
     if spec.kind is InputKind.USER_INPUT:
         if not isinstance(node.meta.get("val"), torch.Tensor):
-            raise InputError(f"the model's input {node.name!r} is not a tensor; wrap the model so that it takes tensors")
+            raise InputError(
+                f"the model's input {node.name!r} is not a tensor; wrap the model so that it takes tensors"
+            )
         return builder.placeholder(node.name, node.meta["val"])
     if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
         tensors = exported.state_dict if spec.target in exported.state_dict else exported.constants

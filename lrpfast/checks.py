@@ -42,7 +42,9 @@ def check_inputs(inputs: tuple[torch.Tensor, ...], parameters: list[torch.Tensor
     for index, tensor in enumerate(inputs):
         name = "the input" if len(inputs) == 1 else f"input {index}"
         if tensor.dim() < 2:
-            raise InputError(f"{name} has the shape {list(tensor.shape)}; dim 0 must be the batch, so at least 2 are needed")
+            raise InputError(
+                f"{name} has the shape {list(tensor.shape)}; dim 0 must be the batch, so at least 2 are needed"
+            )
         if tensor.shape[0] != inputs[0].shape[0]:
             raise InputError(f"{name} has a batch of {tensor.shape[0]}, the first input one of {inputs[0].shape[0]}")
         if not tensor.is_floating_point():

@@ -142,9 +142,7 @@ def epsilon_plus_flat(epsilon: float = 1e-6) -> Composite:
     return Composite([("conv", R.ZPlus()), _dense_epsilon(epsilon)], first=first, name="epsilon_plus_flat")
 
 
-def epsilon_gamma_box(
-    low: Any = None, high: Any = None, gamma: float = 0.25, epsilon: float = 1e-6
-) -> Composite:
+def epsilon_gamma_box(low: Any = None, high: Any = None, gamma: float = 0.25, epsilon: float = 1e-6) -> Composite:
     """γ in convolutions, ε in dense layers, zB with the data's range in the first convolution."""
     return Composite(
         [("conv", R.Gamma(gamma)), _dense_epsilon(epsilon)],

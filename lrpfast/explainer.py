@@ -279,9 +279,7 @@ class Explainer:
     def _make(self, inputs: tuple[torch.Tensor, ...], fingerprint: tuple) -> Compiled:
         captured = capture(self._model, inputs)
         if len(captured.program.inputs) != len(inputs):
-            raise InputError(
-                f"the model takes {len(captured.program.inputs)} tensor inputs, {len(inputs)} were given"
-            )
+            raise InputError(f"the model takes {len(captured.program.inputs)} tensor inputs, {len(inputs)} were given")
         for node, given in zip(captured.program.inputs, inputs, strict=True):
             if isinstance(node.meta["val"].shape[0], int):
                 raise CaptureError("the exported program has a fixed batch; export it with dynamic_shapes for dim 0")
@@ -345,13 +343,15 @@ def _run(
     for index, name in enumerate((*("the relevance" for _ in inputs), *executor.recorded)):
         checks.check_finite(columns[index], name if index < count else f"the relevance at {name!r}")
     layers = dict(zip(executor.recorded, columns[count:], strict=True))
-    return Explanation(relevance, compiled.pack(output.to(inputs[0].dtype)), resolved, layers, total.to(inputs[0].dtype))
+    return Explanation(
+        relevance, compiled.pack(output.to(inputs[0].dtype)), resolved, layers, total.to(inputs[0].dtype)
+    )
 
 
 def _finished(result: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A result of its own: not a view that shares memory, in the inputs' dtype."""
-    dense = result.is_contiguous() or result.is_contiguous(memory_format=torch.channels_last) if result.dim() == 4 else result.is_contiguous()
-    return result.to(dtype) if dense else result.to(dtype).contiguous()
+    """A result in the inputs' dtype and in memory of its own; an expanded view is written out."""
+    image = result.dim() == 4 and result.is_contiguous(memory_format=torch.channels_last)
+    return result.to(dtype) if image else result.to(dtype).contiguous()
 
 
 def explain(

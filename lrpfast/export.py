@@ -30,7 +30,9 @@ _RECORD = "lrpfast.json"
 def _exported(joint: Joint) -> tuple[ExportedProgram, Program]:
     program = portable(joint.program)
     examples = tuple(
-        torch.zeros([2 if s == -1 else s for s in known_shape(n)], dtype=n.meta["val"].dtype, device=n.meta["val"].device)
+        torch.zeros(
+            [2 if s == -1 else s for s in known_shape(n)], dtype=n.meta["val"].dtype, device=n.meta["val"].device
+        )
         for n in program.inputs
     )
     shapes = tuple({0: Dim.DYNAMIC} for _ in examples)
@@ -113,7 +115,9 @@ class SavedProgram:
         count = len(inputs)
         if kind is Seed.TENSOR:
             if not (isinstance(target, torch.Tensor) and target.is_floating_point()):
-                raise TargetError("this program takes the relevance at the output as its target, a floating-point tensor")
+                raise TargetError(
+                    "this program takes the relevance at the output as its target, a floating-point tensor"
+                )
             results = [self._module(*inputs, target)]
             output = results[0][0]
             resolved = checks.check_output_relevance(target, output)
@@ -175,7 +179,9 @@ def export_onnx(joint: Joint, path: str | PathLike[str], opset: int, metadata: d
         import onnx
         import onnxscript  # noqa: F401  torch's exporter needs it
     except ImportError as error:
-        raise MissingDependencyError(f"{error.name} is needed to export to ONNX: pip install 'lrpfast[onnx]'") from error
+        raise MissingDependencyError(
+            f"{error.name} is needed to export to ONNX: pip install 'lrpfast[onnx]'"
+        ) from error
     exported, program = _exported(joint)
     names = [n.name for n in program.inputs]
     inputs = ["input" if len(names) == 2 else f"input_{i}" for i in range(len(names) - 1)] + names[-1:]
@@ -184,7 +190,13 @@ def export_onnx(joint: Joint, path: str | PathLike[str], opset: int, metadata: d
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         converted = torch.onnx.export(
-            exported, input_names=inputs, output_names=outputs, opset_version=opset, dynamo=True, optimize=True, verbose=False
+            exported,
+            input_names=inputs,
+            output_names=outputs,
+            opset_version=opset,
+            dynamo=True,
+            optimize=True,
+            verbose=False,
         )
     if converted is None:
         raise ProgramError("torch's exporter returned no ONNX program")

@@ -12,20 +12,26 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from lrpfast.graph import Program, argument, is_tensor, operation_name
+from lrpfast.graph import Program, argument, operation_name
 
 # A value of these is >= 0 whatever the arguments are.
 _ALWAYS = {"relu", "sigmoid", "hardsigmoid", "softplus", "exp", "abs", "softmax", "_softmax", "square", "relu6"}
 # A value of these is >= 0 where every tensor argument is.
 _KEEPS = {
+    # averages, and the maxima of windows
     "max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "adaptive_max_pool3d", "avg_pool2d",
-    "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "mean", "sum", "amax", "add",
-    "mul", "div", "reshape", "permute", "slice", "select", "cat", "expand", "squeeze", "unsqueeze", "flip", "roll",
-    "repeat", "index_select", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
-    "replication_pad2d", "replication_pad3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
-    "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "pixel_shuffle", "pixel_unshuffle",
-    "channel_shuffle", "getitem", "gelu_clamped", "sqrt", "leaky_relu", "hardswish", "silu", "tanh", "elu", "gelu",
-    "index", "channel_shuffle", "_adaptive_avg_pool2d", "native_channel_shuffle", "maximum",
+    "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "mean", "sum", "amax",
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d",
+    "upsample_trilinear3d",
+    # sums and products
+    "add", "mul", "div", "sqrt", "maximum",
+    # activations that are >= 0 for what is >= 0
+    "leaky_relu", "hardswish", "silu", "tanh", "elu", "gelu",
+    # what only moves values
+    "reshape", "permute", "slice", "select", "cat", "expand", "squeeze", "unsqueeze", "flip", "roll", "repeat",
+    "index_select", "index", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
+    "replication_pad2d", "replication_pad3d", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
+    "native_channel_shuffle", "getitem",
 }  # fmt: skip
 
 
@@ -75,21 +81,15 @@ def _is_nonnegative(node: fx.Node, known: set[fx.Node]) -> bool:
     if name not in _KEEPS:
         return False
     numbers = [a for a in node.args if isinstance(a, (int, float))] if name in ("add", "mul", "div") else []
-    alpha = node.kwargs.get("alpha", 1)
-    return (
-        isinstance(alpha, (int, float))
-        and alpha >= 0
-        and all(n >= 0 for n in numbers)
-        and all(a in known for a in node.all_input_nodes if is_tensor(a) and _is_float(a) or a.op != "get_attr" and _holds_tensors(a))
-    )
+    numbers.append(node.kwargs.get("alpha", 1))
+    operands = [a for a in node.all_input_nodes if _carries_values(a)]
+    return all(n >= 0 for n in numbers) and all(a in known for a in operands)
 
 
-def _holds_tensors(node: fx.Node) -> bool:
-    return is_tensor(node) and _is_float(node) or isinstance(node.meta.get("val"), (tuple, list))
-
-
-def _is_float(node: fx.Node) -> bool:
-    return bool(node.meta["val"].is_floating_point())
+def _carries_values(node: fx.Node) -> bool:
+    """Whether a node is floating-point values (or a tuple of results), rather than sizes or indices."""
+    fake = node.meta.get("val")
+    return isinstance(fake, (tuple, list)) or (isinstance(fake, torch.Tensor) and fake.is_floating_point())
 
 
 def _clamped(node: fx.Node, known: set[fx.Node]) -> bool:

@@ -5,7 +5,7 @@ which have no ONNX form. So the joint program names the transpose itself, and ea
 what the executor runs, `portable_*` is made of operations that every exporter knows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -72,8 +72,10 @@ def fast_max_pool_dgrad(
     """Route each value of a pooled map to the input that won: `indices` count positions of the input's plane."""
     if len(kernel) != 2:
         return portable_max_pool_dgrad(q, indices, size, kernel, stride, padding, dilation, ceil)
-    carrier = _shape_carrier(indices, (*q.shape[:2], *size)).to(q.dtype) if q.dim() == 4 else q.new_empty(
-        (*q.shape[:2], *size)
+    carrier = (
+        _shape_carrier(indices, (*q.shape[:2], *size)).to(q.dtype)
+        if q.dim() == 4
+        else q.new_empty((*q.shape[:2], *size))
     )
     return aten.max_pool2d_with_indices_backward(q, carrier, kernel, stride, padding, dilation, ceil, indices)
 
@@ -119,7 +121,7 @@ def _pool_shape(t, size, *rest):  # type: ignore[no-untyped-def]
     return t.new_empty((*t.shape[:2], *size))
 
 
-TRANSPOSES = {
+TRANSPOSES: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]] = {
     "conv_dgrad": (
         "(Tensor s, Tensor weight, int[] size, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
         fast_conv_dgrad, portable_conv_dgrad, _dgrad_shape,

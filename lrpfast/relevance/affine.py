@@ -9,6 +9,7 @@ A rule function takes the layer and the message at its output and returns the me
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,17 @@ from lrpfast.errors import CompositeError, RuleError, UnsupportedOperationError
 from lrpfast.graph import describe, rank, static_sizes, value
 from lrpfast.relevance.walk import Message, Walk, expand_like, filled, is_relu_of, propagates
 from lrpfast.rules import (
-    AlphaBeta, Epsilon, Flat, Gamma, Gradient, Pass, Rule, WSquare, ZBox, Zero, ZPlus,
+    AlphaBeta,
+    Epsilon,
+    Flat,
+    Gamma,
+    Gradient,
+    Pass,
+    Rule,
+    WSquare,
+    ZBox,
+    Zero,
+    ZPlus,
 )  # fmt: skip
 
 aten = torch.ops.aten
@@ -61,7 +72,7 @@ class Layer:
 
     def modified(self, key: tuple, modify: Callable[[torch.Tensor], torch.Tensor]) -> tuple[fx.Node, fx.Node | None]:
         """Weight and bias with one elementwise modification; made once for each key."""
-        made = []
+        made: list[fx.Node | None] = []
         for position in (1, 2):
             source = self.node.args[position]
             if source is None:
@@ -69,7 +80,8 @@ class Layer:
                 continue
             tensor = self.walk.build.tensor(source)
             hint = f"{source.target}_{'_'.join(map(str, key))}"
-            made.append(self.walk.build.derived((*key, source.target), lambda t=tensor: modify(t), hint))
+            made.append(self.walk.build.derived((*key, source.target), functools.partial(modify, tensor), hint))
+        assert made[0] is not None
         return made[0], made[1]
 
     @property
@@ -106,7 +118,9 @@ class Layer:
         if not transposed:
             return self.walk.call(ops.conv_dgrad.default, s, weight, size, stride, padding, dilation, groups)
         none = [0] * len(size)
-        result = self.walk.call(aten.convolution.default, s, weight, None, stride, padding, dilation, False, none, groups)
+        result = self.walk.call(
+            aten.convolution.default, s, weight, None, stride, padding, dilation, False, none, groups
+        )
         for dim, count in enumerate(size, 2):  # an output padding of a stride or more lets one window too many in
             if value(result).shape[dim] != count:
                 result = self.walk.call(aten.slice.Tensor, result, dim, 0, count)
@@ -294,7 +308,7 @@ def _gamma(layer: Layer, message: Message, rule: Gamma) -> Message:
 def _zbox(layer: Layer, message: Message, rule: ZBox) -> Message:
     _note(layer, "1 + 2: W⁺l + W⁻h is a constant")
     walk = layer.walk
-    low, high = (layer.input_constant(lambda s, b=b: _bound(layer, b, s)) for b in (rule.low, rule.high))
+    low, high = (layer.input_constant(functools.partial(_bound, layer, b)) for b in (rule.low, rule.high))
     if bool((low > high).any()):
         raise RuleError(f"ZBox at {walk.rule_path(layer.node)!r}: low is greater than high")
     plus, minus = layer.plus[0], layer.minus[0]
@@ -305,7 +319,9 @@ def _zbox(layer: Layer, message: Message, rule: ZBox) -> Message:
     # x Wᵀs - l W⁺ᵀs - h W⁻ᵀs = (x - l) W⁺ᵀs + (x - h) W⁻ᵀs
     terms = [
         walk.call(
-            aten.mul.Tensor, walk.call(aten.sub.Tensor, layer.x, walk.constant(bound.contiguous(), "box_bound")), gradient
+            aten.mul.Tensor,
+            walk.call(aten.sub.Tensor, layer.x, walk.constant(bound.contiguous(), "box_bound")),
+            gradient,
         )
         for bound, gradient in zip((low, high), layer.dgrad_pair(s, plus, minus), strict=True)
     ]
@@ -356,7 +372,9 @@ def _flat(layer: Layer, message: Message, rule: Flat) -> Message:
     walk, x = layer.walk, layer.x
     if not layer.is_conv:
         total = walk.call(aten.sum.dim_IntList, walk.relevance(message), [-1], True)
-        return Message((expand_like(walk, walk.call(aten.div.Tensor, total, layer.weight.shape[1] + rule.stabilizer), x),))
+        return Message(
+            (expand_like(walk, walk.call(aten.div.Tensor, total, layer.weight.shape[1] + rule.stabilizer), x),)
+        )
     groups = layer.groups
     channels = value(x).shape[1] // groups
     ones = torch.ones((groups, 1, *layer.weight.shape[2:]), dtype=layer.weight.dtype, device=layer.weight.device)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from torch import fx
 import torch
+from torch import fx
 
 from lrpfast.errors import UnsupportedOperationError
 from lrpfast.graph import argument, describe, operation_name, same_shape

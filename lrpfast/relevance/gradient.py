@@ -42,7 +42,7 @@ def _traced(
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
             return node.target(*args, **kwargs)
 
-        _, pull = torch.func.vjp(forward, *values)
+        pull = torch.func.vjp(forward, *values)[1]
         return list(pull(cotangent))
 
     nodes = [*operands, *others, relevance]

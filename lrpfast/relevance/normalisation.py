@@ -28,12 +28,13 @@ def _batch_norm(walk: Walk, node: fx.Node, message: Message, rule: Rule | None) 
         walk.send(x, message)
         return
     tensors = [None if a is None else walk.build.tensor(a) for a in node.args[1:5]]
-    scale, _ = batch_norm_affine(*tensors, node.args[7])
+    scale, _ = batch_norm_affine(tensors, node.args[7])
     shaped = scale.to(value(x).dtype).reshape(-1, *[1] * (rank(x) - 2))
     factor = walk.constant(shaped, "batch_norm_scale")
     if isinstance(rule, Gradient):
         walk.send(x, Message((walk.call(aten.mul.Tensor, walk.relevance(message), factor),)))
         return
+    assert isinstance(rule, Epsilon)
     ratio = walk.output_ratio(message, node, rule.epsilon)
     walk.send(x, Message((walk.call(aten.mul.Tensor, ratio, factor),), x))
 

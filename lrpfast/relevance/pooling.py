@@ -7,6 +7,7 @@ product of one matrix a dimension, which is read off the operation itself when t
 
 from __future__ import annotations
 
+import functools
 import operator
 
 import torch
@@ -94,7 +95,7 @@ def spatial_matrices(walk: Walk, node: fx.Node) -> list[fx.Node]:
         return (response[tuple(index)].t() / scale).to(device=like.device, dtype=like.dtype).contiguous()
 
     return [
-        walk.build.derived((*key, dim), lambda dim=dim: matrix(dim), f"{operation_name(node)}_matrix")
+        walk.build.derived((*key, dim), functools.partial(matrix, dim), f"{operation_name(node)}_matrix")
         for dim in range(len(sizes))
     ]
 

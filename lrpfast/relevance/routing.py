@@ -139,7 +139,9 @@ def _index_select(walk: Walk, node: fx.Node, t: fx.Node) -> fx.Node:
 def _index(walk: Walk, node: fx.Node, t: fx.Node) -> fx.Node:
     x, indices = node.args
     if any(i is not None and i in walk.reached for i in indices):
-        raise UnsupportedOperationError(f"{describe(node)} is indexed by values of the input; there is no rule for that")
+        raise UnsupportedOperationError(
+            f"{describe(node)} is indexed by values of the input; there is no rule for that"
+        )
     zeros = walk.call(aten.zeros_like.default, x)
     return walk.call(aten.index_put.default, zeros, indices, t, True)
 
@@ -192,5 +194,3 @@ def _where(walk: Walk, node: fx.Node, message: Message, rule: Rule | None) -> No
         if isinstance(operand, fx.Node) and operand in walk.reached:
             chosen = walk.call(aten.where.self, condition, *pair)
             walk.send(operand, Message((walk.sum_to(chosen, operand),)))
-
-

@@ -94,7 +94,12 @@ class Walk:
     """
 
     def __init__(
-        self, build: Builder, facts: Facts, reached: frozenset[fx.Node], rules: dict[fx.Node, Assignment], output: fx.Node
+        self,
+        build: Builder,
+        facts: Facts,
+        reached: frozenset[fx.Node],
+        rules: dict[fx.Node, Assignment],
+        output: fx.Node,
     ) -> None:
         self.build = build
         self.facts = facts

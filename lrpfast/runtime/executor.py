@@ -39,7 +39,11 @@ class Executor:
     """
 
     def __init__(
-        self, joint: Joint, backend: str, repeated: bool = False, timer: Callable[[fx.Node, str, float], None] | None = None
+        self,
+        joint: Joint,
+        backend: str,
+        repeated: bool = False,
+        timer: Callable[[fx.Node, str, float], None] | None = None,
     ) -> None:
         graph = joint.program.graph
         nodes = [n for n in graph.nodes if n.op != "output"]
@@ -61,7 +65,9 @@ class Executor:
         lowering = Lowering(joint.program, ordered, keep, backend)
         steps = lowering.steps()
         self.steps = steps
-        self._source, self._names = _generate(lowering, steps, segments, self._inputs, self._results, keep, repeated, timer)
+        self._source, self._names = _generate(
+            lowering, steps, segments, self._inputs, self._results, keep, repeated, timer
+        )
         scope = dict(self._names)
         exec(compile(self._source, "<joint program>", "exec"), scope)
         self._function: Callable[..., Run] = scope["run"]
@@ -123,7 +129,9 @@ def _generate(
         if timer is None:
             lines.append(indent + call)
         else:
-            lines.append(f"{indent}_t = _clock(); {call}; _timer({name_of(step.node, 'n')}, {step.note!r}, _clock() - _t)")
+            lines.append(
+                f"{indent}_t = _clock(); {call}; _timer({name_of(step.node, 'n')}, {step.note!r}, _clock() - _t)"
+            )
         dead = [n.name for n in last.get(index, []) if n not in keep and (n in produced or n in inputs[:-1])]
         if repeated and forward_done:
             dead = [d for d in dead if d in {n.name for n in seeded}]

@@ -17,7 +17,7 @@ from torch import fx
 
 from lrpfast.graph import Program, argument, is_tensor, operation_name, rank, same_shape, value
 from lrpfast.ops import native, reference
-from lrpfast.ops.transposes import TRANSPOSES, flipped_weight, fits_plain_convolution
+from lrpfast.ops.transposes import TRANSPOSES, fits_plain_convolution, flipped_weight
 
 aten = torch.ops.aten
 
@@ -131,11 +131,13 @@ class Lowering:
 
     def _lower_conv_dgrad(self, node: fx.Node) -> Step:
         s, weight, size, stride, padding, dilation, groups = node.args
-        if weight.op == "get_attr" and len(size) == 2 and fits_plain_convolution(value(weight).shape, stride, padding, dilation, groups):
+        shape = value(weight).shape
+        plain = len(size) == 2 and fits_plain_convolution(shape, stride, padding, dilation, groups)
+        if weight.op == "get_attr" and plain:
             flipped = self._prepare(
                 weight, "flipped", lambda t: flipped_weight(t, groups).contiguous(memory_format=torch.channels_last)
             )
-            inverse = [d * (k - 1) - p for d, k, p in zip(dilation, value(weight).shape[2:], padding, strict=True)]
+            inverse = [d * (k - 1) - p for d, k, p in zip(dilation, shape[2:], padding, strict=True)]
             args = (s, flipped, None, stride, inverse, dilation, False, [0, 0], groups)
             return Step(node, aten.convolution.default, args, note="as a convolution")
         function = TRANSPOSES["conv_dgrad"][1]
@@ -183,7 +185,9 @@ class Lowering:
 
     def _pair(self, node: fx.Node, function: Callable[..., Any], candidates: tuple, like: fx.Node) -> Step:
         free = [c for c in candidates if self._replaceable(c, node, node.meta["val"][0])][:2]
-        return Step(node, _into_pair(function), (*node.args, *(free + [like, like])[:2], *(len(free) > i for i in range(2))))
+        return Step(
+            node, _into_pair(function), (*node.args, *(free + [like, like])[:2], *(len(free) > i for i in range(2)))
+        )
 
     def _lower_channel_sum(self, node: fx.Node) -> Step:
         return Step(node, self.kernels.channel_sum, tuple(node.args))
@@ -203,7 +207,11 @@ class Lowering:
     def _lower_mul(self, node: fx.Node) -> Step | None:
         a, b = node.args[:2]
         for left, right in ((a, b), (b, a)):
-            if a is not b and self._writable(left, node) and (not is_tensor(right) or value(right).dtype == value(node).dtype):
+            if (
+                a is not b
+                and self._writable(left, node)
+                and (not is_tensor(right) or value(right).dtype == value(node).dtype)
+            ):
                 return Step(node, aten.mul_.Tensor, (left, right))
         return None
 

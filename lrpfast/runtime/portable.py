@@ -57,7 +57,9 @@ def _decompose(builder: Builder, node: fx.Node, args: tuple) -> Any:
         return function(*(next(remaining) if is_tensor(a) else a for a in args))
 
     with builder.fake_mode:
-        traced = make_fx(compute, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*(t.meta["val"] for t in tensors))
+        traced = make_fx(compute, tracing_mode="symbolic", _allow_non_fake_inputs=True)(
+            *(t.meta["val"] for t in tensors)
+        )
     env: dict[fx.Node, Any] = {}
     remaining = iter(tensors)
     for inner in traced.graph.nodes:

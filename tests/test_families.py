@@ -1,0 +1,159 @@
+"""Every family of torchvision's convolutional classifiers, from AlexNet to ConvNeXt, and a few of timm's.
+
+Each family is held against an independent implementation of RULES.md (`tests/oracles/autograd_lrp.py`: eager, relevance form, no
+capture, no proofs) in float64, for three composites here and for all of them in the slow tests; against torch's own gradient; and,
+where theory gives a number, against theory.
+"""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+import lrpfast
+from lrpfast import rules
+from tests.networks import FAMILIES, bias_free, images, torchvision_network, value_range
+from tests.oracles.autograd_lrp import autograd_relevance, methods
+
+QUICK = ("epsilon_plus_flat", "epsilon_gamma_box", "excitation_backprop")
+GRADIENT = lrpfast.Composite([("any", rules.Gradient())], name="gradient")
+# ReLU networks whose batch norms all fold: what LRP-0 says of them is known
+RECTIFIER = ("alexnet", "vgg11_bn", "resnet18", "googlenet", "inception_v3", "squeezenet1_1", "shufflenet_v2_x1_0", "mnasnet1_0", "regnet_x_400mf")  # fmt: skip
+TIMM = ("resnet10t", "repvgg_a0", "ghostnet_100", "mixnet_s", "convnextv2_atto")
+
+
+class Case:
+    """A network in float64, exported once for all composites (which takes longest), a batch, its classes and the data's range."""
+
+    def __init__(self, family: str) -> None:
+        self.model = torchvision_network(family, dtype=torch.float64)
+        self.inputs = images(2, FAMILIES[family], seed=7, dtype=torch.float64)
+        self.low, self.high = value_range(self.inputs)
+        with torch.no_grad():
+            self.output = self.model(self.inputs)
+        self.targets = self.output.argmax(1)
+
+    @functools.cached_property
+    def exported(self) -> torch.export.ExportedProgram:
+        return torch.export.export(self.model, (self.inputs,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+
+    def composite(self, name: str) -> lrpfast.Composite:
+        options = {"low": self.low, "high": self.high} if lrpfast.composites.needs_range(name) else {}
+        return lrpfast.composites.get(name, **options)
+
+    def explain(self, composite: lrpfast.Composite) -> lrpfast.Explanation:
+        return lrpfast.explain(self.exported, self.inputs, target=self.targets, composite=composite)
+
+
+@functools.lru_cache(maxsize=1)
+def case(family: str) -> Case:
+    return Case(family)
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def check_against_oracle(family: str, composite: str) -> None:
+    chosen = case(family)
+    explanation = chosen.explain(chosen.composite(composite))
+    method = methods(chosen.low, chosen.high)[composite]
+    output, relevance = autograd_relevance(chosen.model, chosen.inputs, chosen.targets, method)
+    assert distance(output, chosen.output) < 1e-12  # the oracle explains this very model
+    assert distance(explanation.output, chosen.output) < 1e-12
+    assert distance(explanation.relevance, relevance) < 1e-8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("composite", QUICK)
+def test_relevance_is_that_of_the_independent_implementation(family: str, composite: str) -> None:
+    check_against_oracle(family, composite)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("composite", [name for name in lrpfast.composites.names() if name not in (*QUICK, "overview")])
+def test_every_composite_is_that_of_the_independent_implementation(family: str, composite: str) -> None:
+    check_against_oracle(family, composite)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_overview_composite_runs(family: str) -> None:
+    explanation = case(family).explain(case(family).composite("overview"))
+    assert explanation.relevance.isfinite().all()
+    assert explanation.relevance.abs().max() > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_everywhere_is_torchs_gradient(family: str) -> None:
+    chosen = case(family)
+    x = chosen.inputs.clone().requires_grad_()
+    output = chosen.model(x)
+    seed = nn.functional.one_hot(chosen.targets, output.shape[1]) * output.detach()
+    (reference,) = torch.autograd.grad(output, x, seed)
+    assert distance(chosen.explain(GRADIENT).relevance, reference) < 1e-9
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_module_and_both_backends_agree(family: str) -> None:
+    """The user's way in: a module in float32, compiled for the example, with the automatic backend and the reference one."""
+    chosen = case(family)
+    model, inputs = torchvision_network(family), chosen.inputs.float()
+    exact = chosen.explain(chosen.composite("epsilon_plus_flat"))
+    with torch.no_grad():
+        own = distance(model(inputs).double(), chosen.output)
+    for backend in ("auto", "torch"):
+        explanation = lrpfast.Explainer(model, inputs, backend=backend)(inputs, target=chosen.targets)
+        assert explanation.relevance.dtype == torch.float32
+        assert distance(explanation.output.double(), chosen.output) < 10 * own
+        assert distance(explanation.relevance.double(), exact.relevance) < 2e-3
+
+
+@pytest.mark.parametrize("family", RECTIFIER)
+def test_zero_on_a_bias_free_rectifier_network_is_gradient_times_input(family: str) -> None:
+    model = bias_free(torchvision_network(family, dtype=torch.float64))
+    inputs = case(family).inputs
+    # the ratio y/S(y) of sums and average pools has to be one as well, so their stabiliser is as good as none
+    share = rules.Norm(stabilizer=1e-100)
+    composite = lrpfast.Composite(
+        [("conv", rules.Zero()), ("linear", rules.Zero()), ("sum", share), ("avg_pool", share)], name="zero"
+    )
+    explanation = lrpfast.explain(model, inputs, composite=composite)
+    x = inputs.clone().requires_grad_()
+    logits = model(x).gather(1, explanation.target[:, None])
+    (gradient,) = torch.autograd.grad(logits.sum(), x)
+    assert distance(explanation.relevance, x.detach() * gradient) < 1e-9
+    torch.testing.assert_close(explanation.conservation(), torch.ones(2, dtype=torch.float64), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("family", [*RECTIFIER, "densenet121"])
+@pytest.mark.parametrize("composite", ["alpha1_beta0", "w_square"])
+def test_relevance_is_conserved_where_nothing_absorbs_it(family: str, composite: str) -> None:
+    """Without biases, z⁺, w² and the sharing in sums lose what the stabiliser takes and nothing else."""
+    model = bias_free(torchvision_network(family, dtype=torch.float64))
+    chosen = case(family)
+    explanation = lrpfast.explain(model, chosen.inputs, composite=chosen.composite(composite))
+    # the logit layer's own output is a signed sum that z⁺ shares by its positive part: that it conserves too is the point
+    torch.testing.assert_close(explanation.conservation(), torch.ones(2, dtype=torch.float64), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_networks(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    from tests.networks import with_statistics
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = timm.create_model(name, pretrained=False, num_classes=10)
+    model = with_statistics(model, [images(8, 64, seed=101)]).double()
+    inputs = images(2, 64, seed=7, dtype=torch.float64)
+    with torch.no_grad():
+        output = model(inputs)
+    explanation = lrpfast.explain(model, inputs)
+    assert distance(explanation.output, output) < 1e-12
+    assert explanation.relevance.abs().max() > 0
+    x = inputs.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x).gather(1, explanation.target[:, None]).sum(), x)
+    assert distance(lrpfast.explain(model, inputs, composite=GRADIENT, seed="one").relevance, gradient) < 1e-9
