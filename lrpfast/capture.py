@@ -1,8 +1,10 @@
 """Capture: a torch model becomes one functional graph.
 
-`torch.export` traces the model with a symbolic batch size; ``run_decompositions({})`` makes the graph functional while it
-keeps the operations that people think in (conv2d, relu, max_pool2d). What comes out has no modules, so shared
-modules, functional and in-place calls and several outputs need no care anywhere behind this file.
+`torch.export` traces the model with a symbolic batch size and keeps the operations that people think in (conv2d, relu,
+max_pool2d). In-place calls become functional ones: here where nothing else shares the memory that they write, which is what
+networks do with their ReLUs and residual sums; else by ``run_decompositions({})``, which always can and takes as long as the
+export. What comes out has no modules, so shared modules, functional and in-place calls and several outputs need no care
+anywhere behind this file.
 
 The model is only read: parameters enter the program as they are, detached and sharing memory.
 """
@@ -24,7 +26,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from lrpfast.errors import CaptureError, InputError, LrpfastError
-from lrpfast.graph import Builder, Program
+from lrpfast.graph import Builder, Program, operation_name
 
 aten = torch.ops.aten
 
@@ -101,10 +103,37 @@ def _nest(model: torch.nn.Module, shapes: tuple) -> tuple:
     return tuple(nested + rest)
 
 
+# Operations whose results are memory of their own, and which give no view of their operands.
+_FRESH = {
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "batch_norm",
+    "layer_norm", "group_norm", "add", "sub", "mul", "div", "cat", "relu", "relu6", "hardtanh", "silu", "hardswish", "gelu",
+    "sigmoid", "hardsigmoid", "leaky_relu", "elu", "tanh", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d",
+    "avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "mean", "sym_size",
+}  # fmt: skip
+
+
 def _functional(exported: ExportedProgram) -> ExportedProgram:
+    """An exported program whose in-place calls, if any, `_read` can take as functional ones."""
+    writes = [n for n in exported.graph.nodes if _is_in_place(n)]
+    if all(_owns_what_it_writes(n) for n in writes):
+        return exported
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         return exported.run_decompositions({})
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _owns_what_it_writes(node: fx.Node) -> bool:
+    """Whether an in-place call writes memory that no other value shares."""
+    operand = node.args[0]
+    if not isinstance(operand, fx.Node) or not operation_name(node).endswith("_") or not hasattr(aten, operation_name(node)[:-1]):
+        return False
+    made = operand.op == "call_function" and operation_name(operand).removesuffix("_") in _FRESH
+    made = made and (not _is_in_place(operand) or _owns_what_it_writes(operand))
+    return made and all(operation_name(user).removesuffix("_") in _FRESH for user in operand.users if user.op == "call_function")
 
 
 def _explain_failure(
@@ -163,6 +192,8 @@ def _read(exported: ExportedProgram) -> Captured:
             builder.path = _path(node)
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
             env[node] = _call(builder, node, args, kwargs)
+            if _is_in_place(node):
+                env[node.args[0]] = env[node]  # whoever reads the operand from here on reads what was written
         elif node.op == "output":
             result, pack = _single_output(exported, node)
             builder.graph.output(env[result])
@@ -222,7 +253,10 @@ def _call(builder: Builder, node: fx.Node, args: Any, kwargs: Any) -> Any:
     if values:
         (holder,) = values
         return builder.constant(holder.tensors[args[1]].detach(), node.name)
-    return builder.call(node.target, *args, **kwargs)
+    target = node.target
+    if _is_in_place(node):
+        target = getattr(getattr(aten, operation_name(node)[:-1]), target._overloadname)
+    return builder.call(target, *args, **kwargs)
 
 
 @dataclasses.dataclass(frozen=True)

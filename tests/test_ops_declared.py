@@ -22,10 +22,18 @@ def samples(dtype: torch.dtype = torch.float32) -> list[tuple[str, tuple]]:
         ("ratio", (y[:1], last[1], z, EPS)),
         ("ratio_sum", (y, q, p, z, EPS)),
         ("ratio_sum", (None, last[1], last[2], last[3][:1], 0.0)),
+        ("gamma_pair", (y, q, z, p.abs(), 0.25, EPS)),
+        ("gamma_pair", (None, last[1], last[3], last[2].abs(), 0.25, 0.0)),
+        ("alpha_beta_pair", (y, q, p.abs(), -z.abs(), 2.0, 1.0, EPS)),
+        ("alpha_beta_pair", (last[0].abs(), last[1], None, -last[3].abs(), 2.0, 1.0, EPS)),
         ("channel_sum", (y, q, 1)),
         ("channel_sum", (last[0], last[1], 2)),
         ("channel_sum", (None, q[:, :, 0, 0], 4)),
     ]
+
+
+def _all(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else result
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -47,7 +55,8 @@ def test_cpu_takes_the_extension_and_other_devices_the_reference(monkeypatch):
     """On the CPU the dispatcher's result is the extension's; the reference serves what has no kernel of its own."""
     for name, arguments in samples():
         operator = getattr(OPERATORS, name).default
-        assert torch.equal(operator(*arguments), getattr(native, name)(*arguments))
+        for a, b in zip(_all(operator(*arguments)), _all(getattr(native, name)(*arguments)), strict=True):
+            assert torch.equal(a, b)
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lrpfast::{name}", "CPU")
         assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"lrpfast::{name}", "CUDA")
 
@@ -73,7 +82,9 @@ class _Step(nn.Module):
     def forward(self, y: Tensor, q: Tensor, z: Tensor) -> Tensor:
         s = OPERATORS.ratio(y, q, z, EPS) + OPERATORS.ratio(None, q, y, 0.0)
         s = OPERATORS.ratio_sum(y, s, q, z, EPS)
-        return OPERATORS.channel_sum(y, s, 2)
+        upper, lower = OPERATORS.gamma_pair(y, s, z, y.abs(), 0.25, EPS)
+        plus, minus = OPERATORS.alpha_beta_pair(y.abs(), upper - lower, None, -z.abs(), 2.0, 1.0, EPS)
+        return OPERATORS.channel_sum(y, plus + minus, 2)
 
 
 def _step_inputs(batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,7 +103,7 @@ def _exported() -> torch.export.ExportedProgram:
 def test_export_keeps_the_operators_and_decomposes_them():
     program = _exported()
     kept = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert {"lrpfast.ratio.default", "lrpfast.ratio_sum.default", "lrpfast.channel_sum.default"} <= kept
+    assert {f"lrpfast.{name}.default" for name in schema.OPERATORS} <= kept
     plain = program.run_decompositions(DECOMPOSITIONS)
     assert not any("lrpfast" in str(node.target) for node in plain.graph.nodes)
     for batch in (1, 3, 5):
@@ -125,7 +136,9 @@ def test_compile(decompose):
     def plain(y: Tensor, q: Tensor, z: Tensor) -> Tensor:
         s = decompositions.ratio(y, q, z, EPS) + decompositions.ratio(None, q, y, 0.0)
         s = decompositions.ratio_sum(y, s, q, z, EPS)
-        return decompositions.channel_sum(y, s, 2)
+        upper, lower = decompositions.gamma_pair(y, s, z, y.abs(), 0.25, EPS)
+        plus, minus = decompositions.alpha_beta_pair(y.abs(), upper - lower, None, -z.abs(), 2.0, 1.0, EPS)
+        return decompositions.channel_sum(y, plus + minus, 2)
 
     compiled = torch.compile(plain if decompose else step, fullgraph=True, dynamic=True)
     for batch in (2, 3):
@@ -141,6 +154,12 @@ def test_wrong_operands_are_refused():
         OPERATORS.ratio(torch.ones(4, 5, 6, dtype=torch.float64), q, q, EPS)
     with pytest.raises(RuntimeError, match="ratio_sum: messages differ"):
         OPERATORS.ratio_sum(None, q, q.bfloat16(), q, EPS)
+    with pytest.raises(RuntimeError, match=r"gamma_pair: operands differ in shape: .*, float32\[1, 4, 5, 6\]"):
+        OPERATORS.gamma_pair(None, q, q, q[:1], 0.25, EPS)
+    with pytest.raises(RuntimeError, match="alpha_beta_pair: operands differ in shape"):
+        OPERATORS.alpha_beta_pair(q[:1], q, q, q, 2.0, 1.0, EPS)
+    with pytest.raises(RuntimeError, match="alpha_beta_pair: neither z_plus nor a carrier"):
+        OPERATORS.alpha_beta_pair(None, q, None, q, 2.0, 1.0, EPS)
     with pytest.raises(RuntimeError, match="4 channels do not divide into 3 groups"):
         OPERATORS.channel_sum(None, q, 3)
     with pytest.raises(RuntimeError, match=r"channel_sum: the message float32\[4\] is not"):

@@ -277,6 +277,87 @@ def test_mixed_layouts_and_views_fall_back(backend):
     assert torch.equal(backend.ratio(negated, message, denominator, EPS), -expected)
 
 
+# ---- gamma_pair and alpha_beta_pair ----------------------------------------------------------------------------------
+
+PAIRS = ["gamma", "alpha_beta", "alpha_beta without z_plus"]
+
+
+def pair_operands(kind: str, shape: tuple[int, ...], dtype: torch.dtype, layout=_keep) -> tuple:
+    """Arguments up to eps: carrier, message, the two denominators' parts, the rule's parameters."""
+    message, z_plus, z_minus = draw(shape, 2, dtype), draw(shape, 3, dtype).abs(), -draw(shape, 4, dtype).abs()
+    z = z_plus + z_minus
+    for zeros in (z, z_plus, z_minus):
+        zeros[:, ::3] = 0
+    carrier, message, z, z_plus, z_minus = (layout(t) for t in (z.relu(), message, z, z_plus, z_minus))
+    if kind == "gamma":
+        return carrier, message, z, z_plus, 0.25
+    return carrier, message, None if kind == PAIRS[2] else z_plus, z_minus, 2.0, 1.0
+
+
+def pair_of(formulas, kind: str):
+    return formulas.gamma_pair if kind == "gamma" else formulas.alpha_beta_pair
+
+
+def plain_pair(kind: str, arguments: tuple, eps: float, ratio) -> tuple[Tensor, Tensor]:
+    """The definitions of RULES.md §2 in terms of a ratio."""
+    if kind == "gamma":
+        carrier, message, z, z_plus, gamma = arguments
+        upper = ratio(carrier, message, z + gamma * z_plus, eps)
+        lower = ratio(carrier, message, (1 + gamma) * z - gamma * z_plus, eps)
+        return torch.where(z > 0, upper, 0), torch.where(z < 0, lower, 0)
+    carrier, message, z_plus, z_minus, alpha, beta = arguments
+    z_plus = carrier - z_minus if z_plus is None else z_plus
+    return alpha * ratio(carrier, message, z_plus, eps), -beta * ratio(carrier, message, z_minus, eps)
+
+
+def exact_pair(kind: str, arguments: tuple, eps: float) -> tuple[Tensor, Tensor]:
+    return plain_pair(kind, tuple(a.double() if isinstance(a, Tensor) else a for a in arguments), eps, exact_ratio)
+
+
+@pytest.mark.parametrize("eps", [EPS, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 7), (2, 16, 5, 7), (2, 3, 4, 5, 3)])
+@pytest.mark.parametrize("kind", PAIRS)
+def test_pairs_are_as_exact_as_torch(backend, kind, shape, layout, dtype, eps):
+    arguments = pair_operands(kind, shape, dtype, LAYOUTS[layout])
+    out = (poisoned(arguments[1]), poisoned(arguments[1]))
+    assert pair_of(backend, kind)(*arguments, eps, out=out) is out
+    torchs = plain_pair(kind, arguments, eps, torch_ratio)
+    for ours, peer, exact in zip(out, torchs, exact_pair(kind, arguments, eps), strict=True):
+        assert ours.dtype == dtype
+        assert_as_exact_as_torch(ours, peer, exact)
+    fresh = pair_of(backend, kind)(*arguments, eps)
+    assert all(torch.equal(a, b) for a, b in zip(fresh, out, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", DENSE)
+@pytest.mark.parametrize("kind", PAIRS)
+def test_pairs_run_in_cpp_also_in_place(native_alone, kind, layout, dtype):
+    """With float32 denominators and a carrier of another dtype than the message's; over two of the operands."""
+    carrier, message, first, second, *parameters = pair_operands(kind, LARGE, torch.float32, DENSE[layout])
+    message = message.to(dtype)
+    for own_carrier in (carrier, carrier.bfloat16(), None):
+        if own_carrier is None and first is None:
+            continue
+        arguments = (own_carrier, message, first, second, *parameters)
+        out = pair_of(native_alone, kind)(*arguments, EPS)
+        for ours, exact in zip(out, exact_pair(kind, arguments, EPS), strict=True):
+            tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-6
+            torch.testing.assert_close(ours.double(), exact, rtol=tolerance, atol=0)
+        own, own_second = message.clone(), second.clone()
+        over = (own, own_second if dtype == torch.float32 else poisoned(message))
+        pair_of(native_alone, kind)(own_carrier, own, first, own_second, *parameters, EPS, out=over)
+        assert all(torch.equal(a, b) for a, b in zip(over, out, strict=True))
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_pairs_of_an_empty_batch(backend, kind):
+    arguments = pair_operands(kind, (0, 3, 4, 5), torch.float32)
+    assert all(t.shape == (0, 3, 4, 5) for t in pair_of(backend, kind)(*arguments, EPS))
+
+
 # ---- channel_sum -----------------------------------------------------------------------------------------------------
 
 
@@ -322,7 +403,7 @@ def test_channel_sum_runs_in_cpp(native_alone, shape, layout, dtype):
 
 
 def test_every_instruction_set_gives_the_same(native_alone):
-    """Bit for bit in `ratio`, which has no sum; to rounding in `channel_sum`."""
+    """Bit for bit where there is no sum; to rounding in `channel_sum`."""
     full = native_alone.extension.cpu_capability()
     carrier, message, denominator = operands(LARGE, torch.float32, _channels_last)
     results = {}
@@ -332,16 +413,21 @@ def test_every_instruction_set_gives_the_same(native_alone):
             for dtype in (torch.float32, torch.bfloat16):
                 c, m = carrier.to(dtype), message.to(dtype)
                 results.setdefault(dtype, []).append(
-                    (native_alone.ratio(c, m, denominator, EPS), native_alone.channel_sum(c, m, 2))
+                    (
+                        native_alone.ratio(c, m, denominator, EPS),
+                        *native_alone.gamma_pair(c, m, denominator, carrier, 0.25, EPS),
+                        *native_alone.alpha_beta_pair(c, m, None, denominator, 2.0, 1.0, EPS),
+                        native_alone.channel_sum(c, m, 2),
+                    )
                 )
         assert not native_alone.extension.limit_cpu_capability("mmx")
     finally:
         assert native_alone.extension.limit_cpu_capability(None)
     assert native_alone.extension.cpu_capability() == full
     for runs in results.values():
-        for ratio, total in runs[1:]:
-            assert torch.equal(ratio, runs[0][0])
-            torch.testing.assert_close(total, runs[0][1], rtol=1e-6, atol=1e-6)
+        for *elementwise, total in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(elementwise, runs[0], strict=False))
+            torch.testing.assert_close(total, runs[0][-1], rtol=1e-6, atol=1e-6)
 
 
 def test_any_number_of_threads_gives_the_same(native_alone):

@@ -42,6 +42,7 @@ def gamma_pair_result(
     carrier: Tensor | None, message: Tensor, z: Tensor, z_plus: Tensor, gamma: float, eps: float
 ) -> tuple[Tensor, Tensor]:
     """The uninitialised results of `gamma_pair`: laid out like `z`, of the message's dtype."""
+    _check_same_shape("gamma_pair", carrier, message, z, z_plus)
     return torch.empty_like(z, dtype=message.dtype), torch.empty_like(z, dtype=message.dtype)
 
 
@@ -55,6 +56,10 @@ def alpha_beta_pair_result(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """The uninitialised results of `alpha_beta_pair`: laid out like `z_minus`, of the message's dtype."""
+    _check_same_shape("alpha_beta_pair", carrier, message, z_plus, z_minus)
+    torch._check(
+        carrier is not None or z_plus is not None, lambda: "alpha_beta_pair: neither z_plus nor a carrier given"
+    )
     return torch.empty_like(z_minus, dtype=message.dtype), torch.empty_like(z_minus, dtype=message.dtype)
 
 
@@ -78,6 +83,14 @@ def _check_operand(name: str, operand: Tensor | None, message: Tensor) -> None:
         lambda: (
             f"{name} {_describe(operand)} has neither the message's shape nor 1 for its batch: {_describe(message)}"
         ),
+    )
+
+
+def _check_same_shape(name: str, *tensors: Tensor | None) -> None:
+    given = [t for t in tensors if t is not None]
+    torch._check(
+        all(t.shape == given[0].shape for t in given),
+        lambda: f"{name}: operands differ in shape: {', '.join(_describe(t) for t in given)}",
     )
 
 

@@ -1,0 +1,212 @@
+"""The joint program outside of the explainer: called as a graph, compiled by torch, saved, and loaded where the model is unknown."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lrpfast
+from lrpfast.errors import InputError, OutputError, ProgramError, TargetError
+from tests.networks import images, torchvision_network, with_statistics
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+class SmallNet(nn.Module):
+    """A residual block, a grouped strided convolution, both pools, a gate and a dense layer on signed features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2))
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+        self.down = nn.Conv2d(8, 16, 3, stride=2, groups=4)
+        self.gate = nn.Conv2d(16, 16, 1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = torch.relu(x + self.body(x))
+        x = nn.functional.silu(self.down(x))
+        x = x * torch.sigmoid(self.gate(self.pool(x)))
+        return self.head(self.pool(x).flatten(1))
+
+
+def small_net() -> nn.Module:
+    torch.manual_seed(3)
+    return with_statistics(SmallNet(), [images(8, 17, seed=1)])
+
+
+INPUTS = images(3, 17, seed=2)
+LOW, HIGH = -4.0, 4.0
+COMPOSITES = ["epsilon_plus_flat", "epsilon_gamma_box", "epsilon_alpha2_beta1_flat", "excitation_backprop", "guided_backprop", "overview"]  # fmt: skip
+
+
+def explainer_of(composite: str, model: nn.Module | None = None, **options: object) -> lrpfast.Explainer:
+    bounds = {"low": LOW, "high": HIGH} if lrpfast.composites.needs_range(composite) else {}
+    return lrpfast.Explainer(
+        model or small_net(), INPUTS, composite=lrpfast.composites.get(composite, **bounds), **options
+    )
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Relative L2 distance: single values next to zero say nothing."""
+    assert actual.shape == expected.shape
+    assert (actual - expected).norm() <= tolerance * expected.norm()
+
+
+def targets(count: int) -> torch.Tensor:
+    return torch.arange(count) % 5
+
+
+@pytest.mark.parametrize("composite", COMPOSITES)
+def test_program_gives_the_explainers_result(composite: str) -> None:
+    explainer = explainer_of(composite, record=("stem", "down"))
+    explanation = explainer(INPUTS, target=targets(3))
+    with torch.no_grad():
+        output, relevance, *layers = explainer.program(INPUTS, targets(3))
+    close(output, explanation.output)
+    close(relevance, explanation.relevance)
+    assert len(layers) == 2
+    for layer, recorded in zip(layers, explanation.layers.values(), strict=True):
+        close(layer, recorded)
+
+
+def test_program_takes_the_arg_max_for_minus_one() -> None:
+    explainer = explainer_of("epsilon_plus_flat")
+    expected = explainer(INPUTS)
+    with torch.no_grad():
+        _, relevance = explainer.program(INPUTS, torch.full((3,), -1))
+        mixed = torch.stack([expected.target[0], torch.tensor(-1), torch.tensor(-1)])
+        _, same = explainer.program(INPUTS, mixed)
+    close(relevance, expected.relevance)
+    close(same, expected.relevance)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_program_takes_any_batch(batch: int) -> None:
+    explainer = explainer_of("epsilon_gamma_box")
+    inputs = images(batch, 17, seed=4)
+    with torch.no_grad():
+        output, relevance = explainer.program(inputs, targets(batch))
+    explanation = explainer(inputs, target=targets(batch))
+    close(output, explanation.output)
+    close(relevance, explanation.relevance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("composite", ["epsilon_plus_flat", "epsilon_gamma_box", "epsilon_alpha2_beta1_flat", "guided_backprop"])
+def test_program_compiles_as_one_graph(composite: str) -> None:
+    torch.compiler.reset()
+    program = explainer_of(composite).program
+    compiled = torch.compile(program, fullgraph=True)
+    with torch.no_grad():
+        for batch in (3, 5, 2):  # the second size makes the batch dynamic
+            inputs = images(batch, 17, seed=4)
+            for result, expected in zip(
+                compiled(inputs, targets(batch)), program(inputs, targets(batch)), strict=True
+            ):
+                close(result, expected)
+
+
+# What a process does that has neither the model nor this package's tests: torch alone, then lrpfast.load.
+READER = """
+import sys
+import torch
+folder = sys.argv[1]
+saved = torch.load(folder + "/expected.pt")
+program = torch.export.load(folder + "/program.pt2").module()
+assert "lrpfast" not in sys.modules
+results = {"torch": [program(inputs, target)[1] for inputs, target in saved]}
+import lrpfast
+loaded = lrpfast.load(folder + "/program.pt2")
+results["lrpfast"] = [loaded(inputs, target=target).relevance for inputs, target in saved]
+results["metadata"] = loaded.metadata
+assert not any(name.split(".")[0] in ("tests", "torchvision") for name in sys.modules)
+torch.save(results, folder + "/results.pt")
+"""
+
+
+def explained_elsewhere(explainer: lrpfast.Explainer, folder: Path, batches: list[torch.Tensor], classes: int) -> dict:
+    explainer.save(folder / "program.pt2", extra={"classes": ["a", "b"], "size": 17})
+    saved = [(batch, torch.arange(len(batch)) % classes) for batch in batches]
+    torch.save(saved, folder / "expected.pt")
+    (folder / "reader.py").write_text(READER)
+    command = [sys.executable, str(folder / "reader.py"), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=False)
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "results.pt")
+
+
+
+
+@pytest.mark.parametrize("composite", ["epsilon_plus_flat", "epsilon_gamma_box", "excitation_backprop"])
+def test_saved_program_explains_in_a_process_without_the_model(composite: str, tmp_path: Path) -> None:
+    explainer = explainer_of(composite)
+    batches = [images(batch, 17, seed=batch) for batch in (3, 1, 4)]
+    results = explained_elsewhere(explainer, tmp_path, batches, 5)
+    for index, batch in enumerate(batches):
+        expected = explainer(batch, target=targets(len(batch))).relevance
+        close(results["torch"][index], expected)
+        close(results["lrpfast"][index], expected)
+    metadata = results["metadata"]
+    assert metadata["composite"] == composite
+    assert metadata["extra"] == {"classes": ["a", "b"], "size": 17}
+    assert metadata["input_shapes"] == [[3, 17, 17]]
+    assert metadata["dtype"] == "float32"
+    assert metadata["seed"] == "logit"
+    assert metadata["lrpfast"] == lrpfast.__version__
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["resnet18", "mobilenet_v3_small", "convnext_tiny"])
+def test_saved_families_explain_in_a_process_without_the_model(network: str, tmp_path: Path) -> None:
+    model = torchvision_network(network)
+    inputs = images(2, 64, seed=7)
+    explainer = lrpfast.Explainer(model, inputs)
+    results = explained_elsewhere(explainer, tmp_path, [inputs, images(1, 64, seed=8)], 1000)
+    expected = explainer(inputs, target=torch.arange(2)).relevance
+    close(results["torch"][0], expected, 1e-3)
+    close(results["lrpfast"][0], expected, 1e-3)
+
+
+def test_loaded_program_is_called_like_an_explainer(tmp_path: Path) -> None:
+    explainer = explainer_of("epsilon_plus_flat", record=("stem",))
+    explainer.save(tmp_path / "program.pt2")
+    loaded = lrpfast.load(tmp_path / "program.pt2")
+    several = torch.tensor([[0, 1], [2, 3], [4, 0]])
+    for target in (None, 2, targets(3), several):
+        here, there = explainer(INPUTS, target=target), loaded(INPUTS, target=target)
+        close(there.output, here.output)
+        close(there.relevance, here.relevance)
+        torch.testing.assert_close(there.target, here.target)
+        torch.testing.assert_close(there.conservation(), here.conservation(), rtol=1e-4, atol=0)
+        assert list(there.layers) == list(here.layers) == ["stem"]
+        close(there.layers["stem"], here.layers["stem"])
+    with pytest.raises(InputError, match=r"\[3, 17, 17\]"):
+        loaded(images(1, 19))
+    with pytest.raises(TargetError):
+        loaded(INPUTS, target=5)
+
+
+def test_saving_nowhere_and_loading_what_is_no_program(tmp_path: Path) -> None:
+    explainer = explainer_of("epsilon_plus_flat")
+    with pytest.raises(OutputError, match="missing"):
+        explainer.save(tmp_path / "missing" / "program.pt2")
+    with pytest.raises(ProgramError, match=r"absent\.pt2"):
+        lrpfast.load(tmp_path / "absent.pt2")
+    (tmp_path / "broken.pt2").write_bytes(b"not an archive")
+    with pytest.raises(ProgramError, match=r"broken\.pt2"):
+        lrpfast.load(tmp_path / "broken.pt2")
+    foreign = torch.export.export(nn.Linear(2, 2), (torch.zeros(2, 2),))
+    torch.export.save(foreign, tmp_path / "foreign.pt2")
+    with pytest.raises(ProgramError, match=r"foreign\.pt2"):
+        lrpfast.load(tmp_path / "foreign.pt2")
+    with pytest.raises(InputError, match="extra"):
+        explainer.save(tmp_path / "program.pt2", extra={"not": {json}})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.pt2", "foreign.pt2"]
