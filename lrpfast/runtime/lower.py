@@ -83,18 +83,19 @@ class Lowering:
         self.keep = keep
         self.kernels = native if backend == "native" else reference
         self._prepared: dict[tuple[str, str], torch.Tensor] = {}
-        self._fused: set[fx.Node] = set()
+        self._computed: set[fx.Node] = set()  # by an earlier step, together with its operand
+        self._postponed: set[fx.Node] = set()  # to the step that adds it to another value
 
     def steps(self) -> list[Step]:
         """The steps of the program, in order; a node that was fused into another has none."""
         result = []
         for node in self.nodes:
-            if node.op != "call_function" or node in self._fused:
+            if node.op != "call_function" or node in self._computed:
                 continue
             lower = getattr(self, f"_lower_{operation_name(node)}", None)
             step = lower(node) if lower else None
             result.append(step or Step(node, node.target, tuple(node.args), dict(node.kwargs)))
-        return result
+        return [step for step in result if step.node not in self._postponed]
 
     # --- constants ---
 
@@ -117,31 +118,61 @@ class Lowering:
     # --- layers ---
 
     def _lower_convolution(self, node: fx.Node) -> Step | None:
-        x, weight, bias, stride, padding, dilation, transposed, out_padding, groups = node.args
-        args = (x, self._weight(weight), *node.args[2:])
+        x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args
+        if transposed or not _one_dnn(node) or weight.op != "get_attr":
+            return Step(node, node.target, (x, self._weight(weight), *node.args[2:]))
+        packed = self._packed(weight, _channels_last, x, stride, padding, dilation, groups)
         users = list(node.users)
         relu = users[0] if len(users) == 1 and users[0].target is aten.relu.default else None
-        if relu is not None and node not in self.keep and _fusable(node) and bias is not None:
-            self._fused.add(relu)
-            return Step(
-                relu, torch.ops.mkldnn._convolution_pointwise.default,
-                (x, args[1], bias, padding, stride, dilation, groups, "relu", [], ""), note="with its ReLU",
-            )  # fmt: skip
-        return Step(node, node.target, args)
+        if relu is None or node in self.keep:
+            return Step(node, *_pointwise(x, packed, bias, stride, padding, dilation, groups, "none"))
+        self._computed.add(relu)
+        return Step(relu, *_pointwise(x, packed, bias, stride, padding, dilation, groups, "relu"), note="with its ReLU")
 
     def _lower_conv_dgrad(self, node: fx.Node) -> Step:
         s, weight, size, stride, padding, dilation, groups = node.args
-        shape = value(weight).shape
-        plain = len(size) == 2 and fits_plain_convolution(shape, stride, padding, dilation, groups)
-        if weight.op == "get_attr" and plain:
-            flipped = self._prepare(
-                weight, "flipped", lambda t: flipped_weight(t, groups).contiguous(memory_format=torch.channels_last)
-            )
-            inverse = [d * (k - 1) - p for d, k, p in zip(dilation, shape[2:], padding, strict=True)]
-            args = (s, flipped, None, stride, inverse, dilation, False, [0, 0], groups)
-            return Step(node, aten.convolution.default, args, note="as a convolution")
-        function = TRANSPOSES["conv_dgrad"][1]
-        return Step(node, function, (s, self._weight(weight), *node.args[2:]))
+        if not self._plain_dgrad(node):
+            return Step(node, TRANSPOSES["conv_dgrad"][1], (s, self._weight(weight), *node.args[2:]))
+        return Step(node, *_pointwise(*self._dgrad_operands(node), "none"), note="as a convolution")
+
+    def _plain_dgrad(self, node: fx.Node) -> bool:
+        """Whether a transpose is a plain convolution with flipped weights that are made beforehand."""
+        _, weight, size, stride, padding, dilation, groups = node.args
+        fits = fits_plain_convolution(value(weight).shape, stride, padding, dilation, groups)
+        return weight.op == "get_attr" and fits and _one_dnn(node)
+
+    def _dgrad_operands(self, node: fx.Node) -> tuple:
+        s, weight, _, stride, padding, dilation, groups = node.args
+        inverse = [d * (k - 1) - p for d, k, p in zip(dilation, value(weight).shape[2:], padding, strict=True)]
+
+        def flip(t: torch.Tensor) -> torch.Tensor:
+            return _channels_last(flipped_weight(t, groups))
+
+        return (
+            s,
+            self._packed(weight, flip, s, stride, inverse, dilation, groups),
+            None,
+            stride,
+            inverse,
+            dilation,
+            groups,
+        )
+
+    def _packed(
+        self, weight: fx.Node, arrange: Callable[[torch.Tensor], torch.Tensor], x: fx.Node, stride: list[int],
+        padding: list[int], dilation: list[int], groups: int,
+    ) -> torch.Tensor:  # fmt: skip
+        """A weight in the layout that oneDNN chooses for the layer; torch would reorder it at every call."""
+        size = [_BATCH_HINT, *(int(n) for n in value(x).shape[1:])]
+        kind = f"{arrange.__name__} {size} {stride} {padding} {dilation}"
+        return self._prepare(
+            weight,
+            kind,
+            lambda t: torch.ops.mkldnn._reorder_convolution_weight(arrange(t), padding, stride, dilation, groups, size),
+        )
+
+    def _lower_linear(self, node: fx.Node) -> Step | None:
+        return Step(node, _small_batch_linear, node.args) if rank(node) == 2 else None
 
     def _lower_max_pool_dgrad(self, node: fx.Node) -> Step:
         return Step(node, TRANSPOSES["max_pool_dgrad"][1], tuple(node.args))
@@ -201,8 +232,20 @@ class Lowering:
             return None
         for left, right in ((a, b), (b, a)):
             if self._writable(left, node) and is_tensor(right) and value(right).dtype == value(node).dtype:
-                return Step(node, aten.add_.Tensor, (left, right))
+                return self._accumulated(node, left, right) or Step(node, aten.add_.Tensor, (left, right))
         return None
+
+    def _accumulated(self, node: fx.Node, left: fx.Node, right: fx.Node) -> Step | None:
+        """The sum of two transposes: the second is added to the first by the convolution that computes it."""
+        transposes = [
+            n for n in (left, right) if n.target is torch.ops.lrpfast.conv_dgrad.default and self._plain_dgrad(n)
+        ]
+        if len(transposes) != 2 or len(right.users) != 1 or right in self.keep:
+            return None
+        s, packed, _, stride, padding, dilation, groups = self._dgrad_operands(right)
+        self._postponed.add(right)
+        args: tuple = (left, s, packed, None, padding, stride, dilation, groups, "add", 1.0, None, [], None)
+        return Step(node, torch.ops.mkldnn._convolution_pointwise_.binary, args, note="added by a convolution")
 
     def _lower_mul(self, node: fx.Node) -> Step | None:
         a, b = node.args[:2]
@@ -248,8 +291,36 @@ def _into_pair(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _fusable(node: fx.Node) -> bool:
-    """What oneDNN's convolution with an epilogue takes."""
+# Packed weights serve every batch size; the layout is chosen for this one.
+_BATCH_HINT = 8
+# Batches in which a dense layer is faster with the weight as the left factor: it is read once, in its own order.
+_SMALL_BATCH = range(2, 17)
+
+
+def _one_dnn(node: fx.Node) -> bool:
+    """Whether oneDNN's convolution takes what torch's does: images in float32 or bfloat16 on a CPU that has it."""
     fake = value(node)
-    plain = rank(node) == 4 and not node.args[6] and fake.device.type == "cpu"
-    return plain and fake.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+    if rank(node) != 4 or fake.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    narrow = fake.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return fake.dtype is torch.float32 or narrow
+
+
+def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _pointwise(
+    x: fx.Node, weight: torch.Tensor, bias: fx.Node | None, stride: list[int], padding: list[int], dilation: list[int],
+    groups: int, epilogue: str,
+) -> tuple[Callable[..., Any], tuple]:  # fmt: skip
+    """oneDNN's convolution with an epilogue: the function and its arguments."""
+    args: tuple = (x, weight, bias, padding, stride, dilation, groups, epilogue, [], "")
+    return torch.ops.mkldnn._convolution_pointwise.default, args
+
+
+def _small_batch_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if x.shape[0] not in _SMALL_BATCH or x.device.type != "cpu" or x.dtype is not torch.float32:
+        return torch.nn.functional.linear(x, weight, bias)
+    product = torch.mm(weight, x.t()) if bias is None else torch.addmm(bias[:, None], weight, x.t())
+    return product.t().contiguous()

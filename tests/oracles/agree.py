@@ -112,4 +112,5 @@ class Parallel:
         assert_agrees(net, self.rules, self.inputs, make_seed(net, self.inputs), self.labels, tolerance)
 
 
-TOPS = (None, Spec("Epsilon"), Spec("Flat"))
+# Relevance arrives in relevance form from a free seed, in ratio form from an ε layer.
+TOPS = (None, Spec("Epsilon"))
