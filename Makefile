@@ -1,9 +1,13 @@
-# Everything happens in .venv, which is made on first use. What is tested is the installed package, built from this folder.
+# Everything happens in .venv, which is made on first use. The package is installed editable: changes of Python code need no
+# new installation, and changes of csrc/ are compiled when the next target runs.
 #
 #   make demo    install, then train, explain and draw in demo/ (the main job, in a minute or two)
 #   make test    install with what the tests need, then run the whole suite; ARGS="-k ratio" goes to pytest
+#   make figure  the README's figure
+#   make table   the README's table of measurements; takes long, wants an idle machine
 #   make lint    ruff, lint and format
 #   make types   mypy
+#   make wheel   a wheel in dist/, as pip install . builds it
 #
 # PYTHON=...       the interpreter to use: 3.11 or newer, with venv and C headers
 # TORCH_INDEX=...  where to take torch from; https://download.pytorch.org/whl/cpu spares a machine without a GPU gigabytes
@@ -16,18 +20,22 @@ TORCH_INDEX ?=
 ARGS ?=
 
 python := .venv/bin/python
-pip := $(python) -m pip install --quiet --disable-pip-version-check
-sources := pyproject.toml CMakeLists.txt $(shell find csrc lrpfast -type f -not -name '*.py[co]' -not -name '*.so')
+pip := $(python) -m pip --quiet --disable-pip-version-check
+sources := pyproject.toml CMakeLists.txt lrpfast/_version.py $(wildcard csrc/*)
 
 # The versions of constraints.txt, for what is installed and for what builds it.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
-# Import the installed package and not the folder that happens to be current.
-export PYTHONSAFEPATH := 1
 
-.PHONY: demo test lint types clean
+.PHONY: demo test figure table lint types wheel clean
 
 demo: .venv/installed
 	$(python) -m lrpfast.demo -o demo
+
+figure: .venv/installed
+	$(python) -m lrpfast.demo -o demo --figure docs/maps.png
+
+table: .venv/installed .venv/tests
+	$(python) -m benchmarks.engine --markdown
 
 test: .venv/installed .venv/tests
 	$(python) -m pytest $(ARGS)
@@ -39,8 +47,11 @@ lint: .venv/linters
 types: .venv/installed .venv/linters
 	$(python) -m mypy
 
+wheel: .venv/created
+	$(pip) wheel --no-deps --wheel-dir dist .
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo dist
 
 .venv/created:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer with venv and C headers was found (on Debian and Ubuntu:" \
@@ -50,19 +61,19 @@ clean:
 
 # torch first and alone: its requirements differ between its builds, and no later step may exchange it.
 .venv/torch: constraints.txt | .venv/created
-	$(pip) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(pip) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	touch $@
 
 .venv/installed: $(sources) | .venv/torch
-	$(pip) ".[demo]"
+	$(pip) install --editable ".[demo]"
 	touch $@
 
 # torchvision asks for the torch build that it was made beside; any build of that version serves its models.
 .venv/tests: pyproject.toml constraints.txt | .venv/installed
-	$(pip) --no-deps torchvision
-	$(pip) "lrpfast[test]"
+	$(pip) install --no-deps torchvision
+	$(pip) install "lrpfast[test]"
 	touch $@
 
 .venv/linters: pyproject.toml constraints.txt | .venv/created
-	$(pip) ruff mypy
+	$(pip) install ruff mypy
 	touch $@

@@ -313,6 +313,19 @@ def _adaptive_max_pool1d(builder: Builder, node: fx.Node, args: tuple, kwargs: d
     return _Parts([builder.call(aten.squeeze.dim, first, -2), None])
 
 
+@_handles("adaptive_max_pool2d", "adaptive_max_pool3d")
+def _adaptive_max_pool(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """Where the windows are even it is a max pool, for which every rendering has a form."""
+    dims = int(operation_name(node)[-2])
+    x, counts = args[0], as_list(args[1], dims)
+    sizes = [int(n) for n in value(x).shape[2:]]
+    if rank(x) != dims + 2 or any(n % c for n, c in zip(sizes, counts, strict=True)):
+        return builder.call(node.target, *args, **kwargs)
+    kernel = [n // c for n, c in zip(sizes, counts, strict=True)]
+    target = aten.max_pool3d_with_indices.default if dims == 3 else aten.max_pool2d_with_indices.default
+    return builder.call(target, x, kernel, kernel, [0] * dims, [1] * dims, False)
+
+
 @_handles("max_pool2d_with_indices", "max_pool3d_with_indices")
 def _max_pool_with_indices(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> _Parts:
     return _Parts([_max_pool_named(builder, node, args, kwargs), None])

@@ -57,7 +57,7 @@ def capture(model: torch.nn.Module | ExportedProgram, inputs: tuple[torch.Tensor
     if isinstance(model, torch.nn.Module):
         _check_mode(model)
     try:
-        exported = model if isinstance(model, ExportedProgram) else _export(model, _at_least_two(inputs))
+        exported = model if isinstance(model, ExportedProgram) else _export(model, _example_batch(inputs))
         return _read(_functional(exported))
     except LrpfastError:
         raise
@@ -77,9 +77,12 @@ def _check_mode(model: torch.nn.Module) -> None:
             )
 
 
-def _at_least_two(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Batch 2 of zeros: torch.export takes a size of 0 or 1 for a constant, and the values do not matter."""
-    return tuple(torch.zeros((2, *x.shape[1:]), dtype=x.dtype, device=x.device) for x in inputs)
+_EXPORT_BATCH = 7  # unlike most sizes in a model, so that nothing is taken for equal to the batch by chance
+
+
+def _example_batch(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """A batch of zeros: torch.export takes a size of 0 or 1 for a constant, and the values do not matter."""
+    return tuple(torch.zeros((_EXPORT_BATCH, *x.shape[1:]), dtype=x.dtype, device=x.device) for x in inputs)
 
 
 def _export(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> ExportedProgram:
@@ -129,11 +132,17 @@ def _is_in_place(node: fx.Node) -> bool:
 def _owns_what_it_writes(node: fx.Node) -> bool:
     """Whether an in-place call writes memory that no other value shares."""
     operand = node.args[0]
-    if not isinstance(operand, fx.Node) or not operation_name(node).endswith("_") or not hasattr(aten, operation_name(node)[:-1]):
+    if (
+        not isinstance(operand, fx.Node)
+        or not operation_name(node).endswith("_")
+        or not hasattr(aten, operation_name(node)[:-1])
+    ):
         return False
     made = operand.op == "call_function" and operation_name(operand).removesuffix("_") in _FRESH
     made = made and (not _is_in_place(operand) or _owns_what_it_writes(operand))
-    return made and all(operation_name(user).removesuffix("_") in _FRESH for user in operand.users if user.op == "call_function")
+    return made and all(
+        operation_name(user).removesuffix("_") in _FRESH for user in operand.users if user.op == "call_function"
+    )
 
 
 def _explain_failure(

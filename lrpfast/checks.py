@@ -91,11 +91,14 @@ def resolve_target(target: int | Sequence[int] | torch.Tensor | None, output: to
     TargetError
         A wrong shape, dtype or value.
     """
-    batch = output.shape[0]
-    classes = output.shape[1] if output.dim() == 2 else 1
     if target is None:
-        return output.argmax(1) if output.dim() == 2 and classes > 0 and batch > 0 else _zeros(output)
-    indices = _indices(target, output)
+        return output.argmax(1) if output.dim() == 2 and output.numel() else _zeros(output)
+    return class_indices(target, output.shape[0], output.shape[1] if output.dim() == 2 else 1).to(output.device)
+
+
+def class_indices(target: int | Sequence[int] | torch.Tensor, batch: int, classes: int) -> torch.Tensor:
+    """The class indices that a target names, int64 ``[N]`` or ``[N, K]``; raises a TargetError as `resolve_target`."""
+    indices = _indices(target)
     if indices.dim() == 0:
         indices = indices.expand(batch).clone()
     if indices.dim() not in (1, 2) or indices.shape[0] != batch:
@@ -114,7 +117,7 @@ def _zeros(output: torch.Tensor) -> torch.Tensor:
     return torch.zeros(output.shape[0], dtype=torch.int64, device=output.device)
 
 
-def _indices(target: Any, output: torch.Tensor) -> torch.Tensor:
+def _indices(target: Any) -> torch.Tensor:
     if isinstance(target, bool):
         raise TargetError("target is a bool; it must be an int, an int64 tensor, or a floating-point tensor")
     try:
@@ -123,7 +126,7 @@ def _indices(target: Any, output: torch.Tensor) -> torch.Tensor:
         raise TargetError(f"target must be None, an int, or a tensor, got {type(target).__name__}") from error
     if indices.is_floating_point() or indices.dtype == torch.bool or indices.is_complex():
         raise TargetError(f"target is {indices.dtype}; class indices must be int64")
-    return indices.to(dtype=torch.int64, device=output.device)
+    return indices.to(torch.int64)
 
 
 def check_output_relevance(target: torch.Tensor, output: torch.Tensor) -> torch.Tensor:

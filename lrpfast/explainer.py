@@ -281,8 +281,7 @@ class Explainer:
         if len(captured.program.inputs) != len(inputs):
             raise InputError(f"the model takes {len(captured.program.inputs)} tensor inputs, {len(inputs)} were given")
         for node, given in zip(captured.program.inputs, inputs, strict=True):
-            if isinstance(node.meta["val"].shape[0], int):
-                raise CaptureError("the exported program has a fixed batch; export it with dynamic_shapes for dim 0")
+            _check_batch(node)
             if tuple(node.meta["val"].shape[1:]) != tuple(given.shape[1:]):
                 raise InputError(
                     f"the exported program takes inputs of shape {list(node.meta['val'].shape[1:])} a sample, got "
@@ -291,8 +290,18 @@ class Explainer:
         program = canonicalise(captured.program, self._precision)
         rules = assign(program, self._composite)
         compiled = Compiled(program, captured.pack, rules, self._record, self._backend, fingerprint)
-        compiled.joint(compiled.default_seed)
+        for node in compiled.joint(compiled.default_seed).program.inputs:
+            _check_batch(node)
         return compiled
+
+
+def _check_batch(node: fx.Node) -> None:
+    batch = node.meta["val"].shape[0]
+    if isinstance(batch, int) or not batch.node.expr.free_symbols:
+        raise CaptureError(
+            f"the program is bound to a batch of {batch}: an exported program must have dynamic_shapes for dim 0, and a model must "
+            "not compare the batch with a constant"
+        )
 
 
 def _step_name(step: Any) -> str:

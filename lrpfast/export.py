@@ -17,7 +17,13 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from lrpfast import __version__, checks
-from lrpfast.errors import InputError, MissingDependencyError, ProgramError, TargetError
+from lrpfast.errors import (
+    InputError,
+    MissingDependencyError,
+    ProgramError,
+    TargetError,
+    UnsupportedOperationError,
+)
 from lrpfast.explanation import Explanation
 from lrpfast.files import replacing
 from lrpfast.graph import Program, known_shape
@@ -45,11 +51,13 @@ def save_program(joint: Joint, path: str | PathLike[str], metadata: dict[str, An
     """Write a joint program to a ``.pt2`` file, whole or not at all."""
     exported, program = _exported(joint)
     inputs = program.inputs[:-1]
+    output_shape = known_shape(program.outputs[0])
     record = {
         "lrpfast": __version__,
         "seed": joint.seed.value,
         "input_shapes": [list(known_shape(n)[1:]) for n in inputs],
         "dtype": str(inputs[0].meta["val"].dtype).removeprefix("torch."),
+        "classes": output_shape[1] if len(output_shape) == 2 else 1,
         "recorded": list(joint.recorded),
         **metadata,
     }
@@ -125,13 +133,16 @@ class SavedProgram:
         else:
             if isinstance(target, torch.Tensor) and target.is_floating_point():
                 raise TargetError("this program takes class indices as its target, not the relevance at the output")
-            best = torch.full((inputs[0].shape[0],), -1, dtype=torch.int64, device=inputs[0].device)
-            first = self._module(*inputs, best)
-            output = first[0]
+            batch, device = inputs[0].shape[0], inputs[0].device
+            if target is None:
+                asked = torch.full((batch,), -1, dtype=torch.int64)
+            else:
+                asked = checks.class_indices(target, batch, self.metadata["classes"])
+            columns = asked.unbind(1) if asked.dim() == 2 else [asked]
+            results = [self._module(*inputs, c.contiguous().to(device)) for c in columns]
+            output = results[0][0]
             checks.check_finite(output, "the model's output")
-            resolved = checks.resolve_target(target, output)
-            columns = resolved.unbind(1) if resolved.dim() == 2 else [resolved]
-            results = [first] if target is None else [self._module(*inputs, c.contiguous()) for c in columns]
+            resolved = checks.resolve_target(None if target is None else asked, output)
             total = checks.seed_relevance(output, resolved, kind)
         several = kind is not Seed.TENSOR and resolved.dim() == 2
         maps = [torch.stack(c, 1) if several else c[0] for c in zip(*(r[1:] for r in results), strict=True)]
@@ -187,22 +198,31 @@ def export_onnx(joint: Joint, path: str | PathLike[str], opset: int, metadata: d
     inputs = ["input" if len(names) == 2 else f"input_{i}" for i in range(len(names) - 1)] + names[-1:]
     maps = ["relevance" if len(names) == 2 else f"relevance_{i}" for i in range(len(names) - 1)]
     outputs = ["output", *maps, *(f"layer:{name}" for name in joint.recorded)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        converted = torch.onnx.export(
-            exported,
-            input_names=inputs,
-            output_names=outputs,
-            opset_version=opset,
-            dynamo=True,
-            optimize=True,
-            verbose=False,
-        )
-    if converted is None:
-        raise ProgramError("torch's exporter returned no ONNX program")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            converted = torch.onnx.export(
+                exported,
+                input_names=inputs,
+                output_names=outputs,
+                opset_version=opset,
+                dynamo=True,
+                optimize=True,
+                verbose=False,
+            )
+        assert converted is not None
+    except Exception as error:
+        raise UnsupportedOperationError(f"the program cannot be written as ONNX: {_innermost(error)}") from error
     proto = converted.model_proto
     for key, text in {"lrpfast": __version__, "composite": str(metadata.get("composite", ""))}.items():
         entry = proto.metadata_props.add()
         entry.key, entry.value = key, text
     with replacing(path) as temporary:
         onnx.save(proto, fspath(temporary))
+
+
+def _innermost(error: BaseException) -> str:
+    """The first line of the error that the exporter's own errors wrap: it names the operation."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"

@@ -29,6 +29,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         The file cannot be written (an `OSError` within the block, or of the renaming).
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise OutputError(f"{path} cannot be written: there is no folder {path.parent}")
     # Short whatever the length of `path.name`, hidden from globs; the suffix stays because writers read the format
     # from it.
     temporary = path.with_name(f".lrpfast-{secrets.token_hex(8)}{path.suffix}")

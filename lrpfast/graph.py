@@ -149,12 +149,26 @@ def known_shape(node: fx.Node) -> tuple[int, ...]:
 
 
 def same_shape(a: fx.Node, b: fx.Node) -> bool:
-    left, right = value(a).shape, value(b).shape
-    return len(left) == len(right) and all(
-        (isinstance(x, int) and isinstance(y, int) and x == y)
-        or (not isinstance(x, int) and not isinstance(y, int) and x.node.expr == y.node.expr)
-        for x, y in zip(left, right, strict=True)
+    return same_sizes(value(a).shape, value(b).shape)
+
+
+def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes are equal for every batch.
+
+    Symbols are compared as expressions. Comparing the sizes themselves would ask whether they are equal for the batch that
+    the model was captured with, and the answer, once given, binds the program to that batch.
+    """
+    return len(a) == len(b) and all(
+        x == y
+        if isinstance(x, int) and isinstance(y, int)
+        else not isinstance(x, int) and not isinstance(y, int) and x.node.expr == y.node.expr
+        for x, y in zip(a, b, strict=True)
     )
+
+
+def is_size(size: Any, number: int) -> bool:
+    """Whether a size is this number, whatever the batch."""
+    return isinstance(size, int) and size == number
 
 
 def is_tensor(node: Any) -> bool:

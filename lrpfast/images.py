@@ -9,6 +9,7 @@ and timm do it on Pillow images. A program can then be used on a machine that ha
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -184,9 +185,19 @@ class Preprocessing:
         return tuple((1.0 - mean) / std for mean, std in zip(self.mean, self.std, strict=True))
 
     def view(self, image: Image.Image) -> Image.Image:
-        """Resize and crop: the picture that the model sees, of `size`, RGB or grey."""
+        """Resize and crop: the picture that the model sees, of `size`, RGB or grey.
+
+        Raises
+        ------
+        InputError
+            The image is so long and thin that its short side cannot be enlarged to `resize` in sensible memory.
+        """
         image = image.convert("RGB" if self.channels == 3 else "L")
         height, width = self._resized(image.height, image.width)
+        if height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise InputError(
+                f"an image of {image.height} x {image.width} pixels would have to be enlarged to {height} x {width}"
+            )
         if (height, width) != (image.height, image.width):
             image = image.resize((width, height), _INTERPOLATIONS[self.interpolation])
         top, left = (_offset(side, target) for side, target in zip((height, width), self.size, strict=True))

@@ -74,6 +74,10 @@ class TestPreprocessing:
         assert tensor.shape == (1, 6, 5)
         torch.testing.assert_close(tensor[0], (torch.tensor(np.array(view)) / 255.0 - 0.5) / 0.25)
 
+    def test_a_thread_of_an_image_is_refused_rather_than_blown_up(self):
+        with pytest.raises(InputError, match="10 x 20000 pixels would have to be enlarged to 256 x 512000"):
+            Preprocessing().view(Image.new("RGB", (20000, 10)))
+
     def test_low_and_high_are_the_inputs_of_black_and_white(self):
         preprocessing = Preprocessing()
         for colour, bound in (("black", preprocessing.low), ("white", preprocessing.high)):

@@ -101,16 +101,21 @@ def spatial_matrices(walk: Walk, node: fx.Node) -> list[fx.Node]:
 
 
 def apply_transposed(walk: Walk, t: fx.Node, matrices: list[fx.Node]) -> fx.Node:
-    """``Jᵀ t`` for ``J`` a product of one matrix a spatial dimension."""
+    """``Jᵀ t`` for ``J`` a product of one matrix a spatial dimension.
+
+    Each is a product of two matrices in the strict sense: how `matmul` folds dimensions depends on strides, which an
+    export would take for facts about the batch.
+    """
     dims = rank(t)
     for dim, matrix in enumerate(matrices, 2):
         order = [d for d in range(dims) if d != dim] + [dim]
-        back = [order.index(d) for d in range(dims)]
-        if dim == dims - 1:
-            t = walk.call(aten.matmul.default, t, matrix)
-            continue
-        moved = walk.call(aten.permute.default, t, order)
-        t = walk.call(aten.permute.default, walk.call(aten.matmul.default, moved, matrix), back)
+        moved = t if dim == dims - 1 else walk.call(aten.permute.default, t, order)
+        rows = walk.call(aten.reshape.default, moved, [-1, *static_sizes(moved, [dims - 1])])
+        product = walk.call(aten.mm.default, rows, matrix)
+        shape = [*walk.build.shape(moved)[:-1], *static_sizes(matrix, [1])]
+        t = walk.call(aten.reshape.default, product, shape)
+        if dim != dims - 1:
+            t = walk.call(aten.permute.default, t, [order.index(d) for d in range(dims)])
     return t
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from lrpfast.errors import UnsupportedOperationError
-from lrpfast.graph import argument, describe, normalise_dim, rank, value
+from lrpfast.graph import argument, describe, normalise_dim, rank, same_sizes, value
 from lrpfast.relevance.pooling import apply_transposed, spatial_matrices
 from lrpfast.relevance.walk import Message, Walk, propagates
 from lrpfast.rules import Rule
@@ -71,7 +71,7 @@ def _slice(walk: Walk, node: fx.Node, t: fx.Node) -> fx.Node:
     start, step = argument(node, 2, "start") or 0, argument(node, 4, "step", 1)
     size = value(x).shape[dim]
     if not isinstance(size, int) or isinstance(start, fx.Node):
-        if step == 1 and start == 0 and value(node).shape[dim] == size:
+        if step == 1 and start == 0 and same_sizes([value(node).shape[dim]], [size]):
             return t
         raise UnsupportedOperationError(f"{describe(node)} cuts the batch; explain the samples one by one instead")
     start = max(start + size, 0) if start < 0 else min(start, size)
@@ -171,6 +171,8 @@ def _cat(walk: Walk, node: fx.Node, message: Message, rule: Rule | None) -> None
     start = 0
     for part in parts:
         length = value(part).shape[dim]
+        if not isinstance(length, int):
+            raise UnsupportedOperationError(f"{describe(node)} joins batches; explain the samples one by one instead")
         if part in walk.reached:
             piece = walk.call(aten.slice.Tensor, tensor, dim, start, start + length)
             walk.send(part, Message((piece,), part if own else None))

@@ -19,7 +19,7 @@ from torch import fx
 from lrpfast.assign import Assignment
 from lrpfast.errors import UnsupportedOperationError
 from lrpfast.facts import Facts
-from lrpfast.graph import Builder, describe, operation_name, rank, same_shape, value
+from lrpfast.graph import Builder, describe, is_size, operation_name, rank, same_shape, value
 from lrpfast.rules import Rule
 
 aten = torch.ops.aten
@@ -168,7 +168,11 @@ class Walk:
         if same_shape(tensor, like):
             return tensor
         lead = rank(tensor) - rank(like)
-        dims = [d for d in range(rank(like)) if value(like).shape[d] == 1 and value(tensor).shape[d + lead] != 1]
+        dims = [
+            d
+            for d in range(rank(like))
+            if is_size(value(like).shape[d], 1) and not is_size(value(tensor).shape[d + lead], 1)
+        ]
         if lead:
             tensor = self.call(aten.sum.dim_IntList, tensor, list(range(lead)), False)
         return self.call(aten.sum.dim_IntList, tensor, dims, True) if dims else tensor

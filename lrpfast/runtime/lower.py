@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lrpfast.graph import Program, argument, is_tensor, operation_name, rank, same_shape, value
+from lrpfast.graph import Program, argument, is_tensor, operation_name, rank, same_shape, same_sizes, value
 from lrpfast.ops import native, reference
 from lrpfast.ops.transposes import TRANSPOSES, fits_plain_convolution, flipped_weight
 
@@ -133,7 +133,8 @@ class Lowering:
         s, weight, size, stride, padding, dilation, groups = node.args
         if not self._plain_dgrad(node):
             return Step(node, TRANSPOSES["conv_dgrad"][1], (s, self._weight(weight), *node.args[2:]))
-        return Step(node, *_pointwise(*self._dgrad_operands(node), "none"), note="as a convolution")
+        function, args = _pointwise(*self._dgrad_operands(node), epilogue="none")
+        return Step(node, function, args, note="as a convolution")
 
     def _plain_dgrad(self, node: fx.Node) -> bool:
         """Whether a transpose is a plain convolution with flipped weights that are made beforehand."""
@@ -189,7 +190,7 @@ class Lowering:
     def _replaceable(self, candidate: Any, user: fx.Node, result: torch.Tensor) -> bool:
         return (
             is_tensor(candidate)
-            and value(candidate).shape == result.shape
+            and same_sizes(value(candidate).shape, result.shape)
             and value(candidate).dtype == result.dtype
             and self.liveness.owned(candidate)
             and self.liveness.dies_at(candidate, user)
