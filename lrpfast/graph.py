@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensorMode
 
 aten = torch.ops.aten
@@ -99,7 +100,8 @@ class Builder:
         """Append a call and compute its fake value."""
         node = self.graph.call_function(target, args, kwargs)
         fakes, fake_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.fake_mode, torch.no_grad():
+        # The Python dispatcher keeps composite operators symbolic; in C++ they would fix the batch.
+        with self.fake_mode, enable_python_dispatcher(), torch.no_grad():
             node.meta["val"] = target(*fakes, **fake_kwargs)
         node.meta["path"] = self.path
         return node

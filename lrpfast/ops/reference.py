@@ -6,6 +6,7 @@ that is to be traced, see `decompositions`, the same formulas as expressions.
 Computation is in at least float32: half-precision operands are converted first and the result is rounded once.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,6 +34,34 @@ def ratio(
     """
     if out is None:
         out = torch.empty_like(message)
+    blocks = _blocks(carrier, message, denominator, out)
+    for own_carrier, own, own_denominator, own_out in blocks:
+        _ratio_block(own_carrier, own, own_denominator, eps, own_out)
+    return out
+
+
+_BLOCK = 1 << 18
+
+
+def _blocks(
+    carrier: Tensor | None, message: Tensor, denominator: Tensor, out: Tensor
+) -> Iterator[tuple[Tensor | None, Tensor, Tensor, Tensor]]:
+    """The operands, in pieces whose temporaries stay in the cache where all of them number their elements alike."""
+    given = [t for t in (carrier, message, denominator, out) if t is not None]
+    alike = all(t.shape == out.shape and t.stride() == out.stride() for t in given)
+    size = out.numel()
+    dense = out.is_contiguous() or (out.dim() == 4 and out.is_contiguous(memory_format=torch.channels_last))
+    if not (alike and dense and size > _BLOCK):
+        yield carrier, message, denominator, out
+        return
+    flat = [None if t is None else t.as_strided((size,), (1,)) for t in (carrier, message, denominator, out)]
+    for start in range(0, size, _BLOCK):
+        a, b, c, d = (None if t is None else t[start : start + _BLOCK] for t in flat)
+        assert b is not None and c is not None and d is not None
+        yield a, b, c, d
+
+
+def _ratio_block(carrier: Tensor | None, message: Tensor, denominator: Tensor, eps: float, out: Tensor) -> None:
     dtype = compute_dtype(message, denominator, carrier)
     operands = [t for t in (carrier, message, denominator) if t is not None]
     free = out.dtype == dtype and all(out.data_ptr() != t.data_ptr() for t in operands)
@@ -51,7 +80,8 @@ def ratio(
     else:  # the quotient first: for the carriers of the rules it lies in [0, 1] and can neither overflow nor underflow
         one_row = carrier.shape != message.shape and z.shape != message.shape
         torch.mul(message, torch.div(carrier, stable, out=None if one_row else work), out=out)
-    return out if eps != 0 else out.masked_fill_(zeros, 0)
+    if eps == 0:
+        out.masked_fill_(zeros, 0)
 
 
 def ratio_sum(

@@ -157,7 +157,7 @@ def _total(walk: Walk, node: fx.Node, message: Message | None) -> fx.Node:
 
 def _recorded_values(order: list[fx.Node], output: fx.Node, record: tuple[str, ...]) -> dict[str, fx.Node]:
     """The value that leaves each module named in `record`."""
-    leaving = _leaving_values(order, output)
+    leaving = _leaving_values(order, output) if record else {}
     result: dict[str, fx.Node] = {}
     for pattern in record:
         names = [n for n in leaving if fnmatchcase(n, pattern) or fnmatchcase(n.split("@")[0], pattern)]

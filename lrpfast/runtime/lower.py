@@ -133,7 +133,7 @@ class Lowering:
         s, weight, size, stride, padding, dilation, groups = node.args
         if not self._plain_dgrad(node):
             return Step(node, TRANSPOSES["conv_dgrad"][1], (s, self._weight(weight), *node.args[2:]))
-        function, args = _pointwise(*self._dgrad_operands(node), epilogue="none")
+        function, args = _pointwise(*self._dgrad_operands(node), "none")
         return Step(node, function, args, note="as a convolution")
 
     def _plain_dgrad(self, node: fx.Node) -> bool:
@@ -142,7 +142,10 @@ class Lowering:
         fits = fits_plain_convolution(value(weight).shape, stride, padding, dilation, groups)
         return weight.op == "get_attr" and fits and _one_dnn(node)
 
-    def _dgrad_operands(self, node: fx.Node) -> tuple:
+    def _dgrad_operands(
+        self, node: fx.Node
+    ) -> tuple[fx.Node, torch.Tensor, None, list[int], list[int], list[int], int]:
+        """Operands of the plain convolution that a transpose is."""
         s, weight, _, stride, padding, dilation, groups = node.args
         inverse = [d * (k - 1) - p for d, k, p in zip(dilation, value(weight).shape[2:], padding, strict=True)]
 
