@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from PIL import Image
 import lrpfast
 from lrpfast import composites, viz
 from lrpfast.cli import main
-from lrpfast.cli.explain import unique_stems
+from lrpfast.cli.names import unique_stems
 from lrpfast.images import Preprocessing, read
 
 ROOT = Path(__file__).parent.parent
@@ -171,18 +173,35 @@ class TestExplain:
         np.testing.assert_allclose(np.load("out/cat.npy"), expected, rtol=1e-4, atol=1e-6)
         assert {"cat-map-3.png", "cat-map-0.png", "cat-overlay-3.png", "cat-overlay-0.png"} <= set(written(folder))
 
-    def test_seed_composite_backend_and_precision_reach_the_engine(self, folder):
+    def test_seed_composite_and_precision_change_the_result_as_in_the_engine(self, folder):
         image = picture(folder / "cat.png")
         model, tensor = model_and_input(image)
-        one = lrpfast.explain(model, tensor, seed="one", composite="epsilon", backend="torch").relevance[0].numpy()
-        explain(image, "--seed", "one", "--composite", "epsilon", "--backend", "torch")
+        one = lrpfast.explain(model, tensor, seed="one", composite="epsilon").relevance[0].numpy()
+        explain(image, "--seed", "one", "--composite", "epsilon")
         np.testing.assert_allclose(np.load("out/cat.npy"), one, rtol=1e-4, atol=1e-6)
         explain(image, "--precision", "bfloat16", "--composite", "epsilon_plus")
         coarse = np.load("out/cat.npy")
-        explain(image, "--composite", "epsilon_plus")
-        fine = np.load("out/cat.npy")
-        assert not np.array_equal(coarse, fine)
+        fine = lrpfast.explain(model, tensor, composite="epsilon_plus").relevance[0].numpy()
+        assert not np.allclose(coarse, fine, rtol=1e-4, atol=1e-6)
         assert np.linalg.norm(coarse - fine) < 0.1 * np.linalg.norm(fine)
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            ((), ("epsilon_plus_flat", None, "auto")),
+            (("--composite", "gamma", "--precision", "float16", "--backend", "torch"), ("gamma", "float16", "torch")),
+        ],
+    )
+    def test_options_reach_the_engine(self, folder, monkeypatch, options, expected):
+        engine, given = lrpfast.Explainer, []
+
+        def spy(model, example, *, composite, precision, backend):
+            given.append((composite.name, precision, backend))
+            return engine(model, example, composite=composite, precision=precision, backend=backend)
+
+        monkeypatch.setattr(lrpfast, "Explainer", spy)
+        call("plan", "--model", "cli_factories:make", "--size", SIZE, *options)
+        assert given == [expected]
 
     def test_box_gets_the_range_of_the_normalised_pixels(self, folder):
         image = picture(folder / "cat.png")
@@ -513,6 +532,36 @@ class TestProcess:
         assert done.stdout.startswith("cat.png\n") and "\x1b" not in done.stdout + done.stderr
         assert "bad.png" in done.stderr and "explaining" not in done.stderr
         assert written(folder) == ["cat-map.png", "cat-overlay.png", "cat.npy"]
+
+    def test_on_a_terminal_results_stand_above_a_progress_bar(self, folder):
+        for index in range(3):
+            picture(folder / f"{index}.png", seed=index)
+        command = [
+            sys.executable,
+            "-m",
+            "lrpfast",
+            "explain",
+            "--model",
+            "cli_factories:make",
+            "--size",
+            str(SIZE),
+            "-o",
+            "out",
+        ]
+        ours, theirs = pty.openpty()
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "80"}
+        with subprocess.Popen([*command, "."], cwd=folder, env=environment, stdout=theirs, stderr=theirs) as process:
+            os.close(theirs)
+            shown = b""
+            with contextlib.suppress(OSError):  # how the end of a terminal is told
+                while part := os.read(ours, 65536):
+                    shown += part
+        os.close(ours)
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+        assert process.returncode == 0, text
+        assert "compiling cli_factories:make" in text and "3/3" in text
+        for index in range(3):
+            assert re.search(rf"[\r\n]{index}\.png\r\n  .*%  class \d\r\n", text)
 
     def test_error(self, folder):
         done = self.run("plan", "--model", "absent_module:make", cwd=folder)

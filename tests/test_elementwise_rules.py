@@ -32,7 +32,6 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "hardswish": nn.Hardswish,
     "hardswish-inplace": lambda: nn.Hardswish(inplace=True),
     "prelu": nn.PReLU,
-    "softsign": nn.Softsign,
 }
 
 

@@ -52,7 +52,6 @@ ROUTES: dict[str, Callable[[Tensor], Tensor]] = {
     "narrow": lambda v: v.narrow(3, 1, 3),
     "pad": lambda v: F.pad(v, (1, 2, 0, 1)),
     "pad-value": lambda v: F.pad(v, (1, 1), value=2.5),
-    "pad-crop": lambda v: F.pad(v, (-1, 1, 0, -2)),
     "pad-reflect": lambda v: F.pad(v, (2, 1, 1, 1), mode="reflect"),
     "pad-replicate": lambda v: F.pad(v, (2, 1, 0, 1), mode="replicate"),
     "pad-circular": lambda v: F.pad(v, (2, 1, 1, 0), mode="circular"),

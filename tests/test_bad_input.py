@@ -1,0 +1,238 @@
+"""Bad input: each kind raises its own error, whose message names the thing, and yields no map."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lrpfast
+from lrpfast import composites, errors, rules
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(4 * 36, 5)
+    ).eval()
+
+
+X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def explainer() -> lrpfast.Explainer:
+    return lrpfast.Explainer(small(), X)
+
+
+def with_value(value: float) -> torch.Tensor:
+    x = X.clone()
+    x[1, 2, 3, 4] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "words"),
+    [
+        (X.double(), errors.InputError, ["float64", "float32"]),
+        ((X * 255).to(torch.uint8), errors.InputError, ["uint8", "floating point"]),
+        (X.to("meta"), errors.InputError, ["meta", "cpu"]),
+        (X[0, 0, 0], errors.InputError, ["[8]", "batch"]),
+        ([X, "cat"], errors.InputError, ["input 1", "str"]),
+        ("cat.jpg", errors.InputError, ["str"]),
+        ((X, X), errors.CaptureError, ["Sequential"]),
+        (X[:, :, :5, :5], errors.CaptureError, ["[batch, 3, 5, 5]", "'5'"]),
+        (with_value(float("nan")), errors.NumericsError, ["input", "NaN", "sample 1"]),
+        (with_value(float("inf")), errors.NumericsError, ["input", "infinity", "sample 1"]),
+    ],
+)
+def test_inputs(explainer: lrpfast.Explainer, inputs, error: type, words: list[str]):
+    with pytest.raises(error) as caught:
+        explainer(inputs)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_an_output_that_overflows():
+    model = nn.Sequential(nn.Linear(6, 3)).eval()
+    x = torch.ones(3, 6)
+    x[1] = 3e38
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+    with pytest.raises(errors.NumericsError, match="output holds infinity in sample 1"):
+        lrpfast.explain(model, x)
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (5, ["5", "out of range", "0 to 4"]),
+        (-1, ["-1", "out of range"]),
+        (torch.tensor([0, 7]), ["7", "out of range"]),
+        (torch.tensor([[0, 1], [2, 5]]), ["5", "out of range"]),
+        (torch.tensor([0, 1, 2]), ["[3]", "[2]"]),
+        (torch.zeros(2, 1, 1, dtype=torch.int64), ["[2, 1, 1]"]),
+        (torch.zeros(2, 0, dtype=torch.int64), ["[N, 0]"]),
+        (torch.zeros(2, 4), ["[2, 4]", "[2, 5]"]),
+        (torch.tensor([True, False]), ["bool"]),
+        (True, ["bool"]),
+        ("cat", ["str"]),
+    ],
+)
+def test_targets(explainer: lrpfast.Explainer, target, words: list[str]):
+    with pytest.raises(errors.TargetError) as caught:
+        explainer(X, target=target)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_target_that_holds_nan(explainer: lrpfast.Explainer):
+    with pytest.raises(errors.NumericsError, match="target holds NaN in sample 1"):
+        explainer(X, target=torch.tensor([[1.0] * 5, [float("nan")] * 5]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"composite": "epsilon_pluss"}, errors.CompositeError, ["epsilon_pluss", "did you mean 'epsilon_plus'"]),
+        ({"composite": "epsilon_gamma_box"}, errors.CompositeError, ["epsilon_gamma_box", "low", "high"]),
+        ({"composite": 3}, errors.CompositeError, ["3"]),
+        ({"precision": "float8"}, errors.InputError, ["float8", "bfloat16"]),
+        ({"backend": "cudnn"}, errors.InputError, ["cudnn", "auto"]),
+        ({"record": ("layer9",)}, errors.InputError, ["layer9"]),
+        ({"composite": lrpfast.Composite([("conv", rules.ZPlus())])}, errors.RuleError, ["'5'", "linear", "custom"]),
+        (
+            {"composite": lrpfast.Composite([("any", rules.Epsilon()), ("head.*", rules.Zero())])},
+            errors.CompositeError,
+            ["head.*", "modules"],
+        ),
+        (
+            {"composite": lrpfast.Composite([("conv", rules.Pass()), ("linear", rules.Zero())])},
+            errors.RuleError,
+            ["'0'", "shapes"],
+        ),
+        ({"composite": composites.epsilon_gamma_box(low=1, high=-1)}, errors.RuleError, ["'0'", "low", "high"]),
+        ({"composite": composites.epsilon_gamma_box(low=[0, 0], high=1)}, errors.CompositeError, ["'0'", "[2]", "3"]),
+    ],
+)
+def test_arguments(arguments: dict, error: type, words: list[str]):
+    with pytest.raises(error) as caught:
+        lrpfast.Explainer(small(), X, **arguments)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: rules.Epsilon(-1.0),
+        lambda: rules.ZPlus(float("nan")),
+        lambda: rules.AlphaBeta(2.0, 2.0),
+        lambda: rules.AlphaBeta(0.5, -0.5),
+        lambda: rules.Gamma(-0.1),
+        lambda: rules.ZBox(0.0),
+        lambda: rules.SmoothReLU(0.0),
+    ],
+)
+def test_rules_out_of_range(make):
+    with pytest.raises(errors.RuleError):
+        make()
+
+
+def test_pairs_of_a_composite():
+    with pytest.raises(errors.CompositeError, match="class Epsilon"):
+        lrpfast.Composite([("conv", rules.Epsilon)])
+    with pytest.raises(errors.CompositeError, match="pairs"):
+        lrpfast.Composite(["conv"])
+    with pytest.raises(errors.CompositeError, match="not a rule"):
+        lrpfast.Composite([("conv", "epsilon")])
+
+
+class Within(nn.Module):
+    """A model with one odd step between two layers."""
+
+    def __init__(self, step) -> None:
+        super().__init__()
+        self.first, self.odd, self.last = nn.Linear(6, 6), Step(step), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.odd(self.first(x)))
+
+
+class Step(nn.Module):
+    def __init__(self, step) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.step(x)
+
+
+@pytest.mark.parametrize(
+    ("step", "name"),
+    [
+        (lambda x: x.cumsum(1), "cumsum"),
+        (lambda x: torch.fft.fft(x).real, "fft"),
+        (lambda x: x.sort(1).values, "sort"),
+        (lambda x: (x * 10).long().float(), "_to_copy"),
+        (lambda x: torch.sin(x), "sin"),
+        (lambda x: 1 / (2 + x.abs()), "div"),
+    ],
+)
+def test_operations_without_a_rule_are_named(step, name: str):
+    with pytest.raises(errors.UnsupportedOperationError) as caught:
+        lrpfast.Explainer(Within(step), torch.randn(2, 6))
+    assert name in str(caught.value) or "to" in str(caught.value)
+    assert "'odd'" in str(caught.value)
+
+
+def test_an_output_that_no_relevance_can_leave():
+    with pytest.raises(errors.UnsupportedOperationError, match="comparisons alone"):
+        lrpfast.Explainer(Step(lambda x: (x > 0).float()), torch.randn(2, 6))
+
+
+def test_control_flow_on_values_is_located():
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
+
+    with pytest.raises(errors.CaptureError) as caught:
+        lrpfast.Explainer(Within(step), torch.randn(2, 6))
+    assert "'odd'" in str(caught.value)
+    assert "torch.where" in str(caught.value)
+
+
+def test_several_outputs():
+    with pytest.raises(errors.CaptureError, match="returns 2 tensors"):
+        lrpfast.Explainer(Step(lambda x: (x, x.relu())), torch.randn(2, 6))
+
+
+def test_training_mode_with_batch_norm():
+    model = small()
+    model[1].train()
+    with pytest.raises(errors.CaptureError, match=r"BatchNorm2d '1' is in training mode.*eval"):
+        lrpfast.Explainer(model, X)
+
+
+def test_training_mode_without_batch_norm_leaves_dropout_out():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5), nn.Linear(6, 3))
+    x = torch.randn(2, 6)
+    trained = lrpfast.explain(model.train(), x, composite="epsilon")
+    assert torch.equal(trained.relevance, lrpfast.explain(model.eval(), x, composite="epsilon").relevance)
+
+
+def test_batch_statistics():
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.Linear(6, 3)).eval()
+    with pytest.raises(errors.CaptureError, match="statistics of the batch"):
+        lrpfast.Explainer(model, torch.randn(2, 6))
+
+
+def test_not_a_model():
+    with pytest.raises(errors.InputError, match="function"):
+        lrpfast.Explainer(lambda x: x, X)
+
+
+def test_before_the_first_call():
+    explainer = lrpfast.Explainer(small())
+    with pytest.raises(errors.InputError, match="example_inputs"):
+        explainer.plan()
+
+
+def test_seed(explainer: lrpfast.Explainer):
+    with pytest.raises(errors.InputError, match="softmax"):
+        explainer(X, seed="softmax")
