@@ -19,7 +19,7 @@ class Backend:
     detail: str
 
     def __str__(self) -> str:
-        return f"{self.name}: {'' if self.available else 'not used: '}{self.detail}"
+        return f"{self.name}: {self.detail}"
 
 
 def backends() -> list[Backend]:
@@ -34,7 +34,7 @@ def report() -> str:
 
 def _native() -> Backend:
     if native.extension is None:
-        return Backend("native", False, native.why_unavailable)
+        return Backend("native", False, f"not there: {native.why_unavailable}")
     info = native.extension.build_info()
     threads = native.why_single_thread or "threads shared with torch"
     detail = f"C++ operators for float32 and bfloat16 on the CPU, {native.extension.cpu_capability()}, {threads}"
@@ -43,9 +43,9 @@ def _native() -> Backend:
 
 def _cuda() -> Backend:
     if native.extension is None:
-        return Backend("cuda", False, native.why_unavailable)
+        return Backend("cuda", False, f"not there: {native.why_unavailable}")
     info = native.extension.build_info()
     if not info["cuda_built"]:
         return Backend("cuda", False, info["cuda"])
     gpu = "" if torch.cuda.is_available() else "; torch sees no GPU"
-    return Backend("cuda", False, f"kernels {info['cuda']}, but no operator is routed to them in this version{gpu}")
+    return Backend("cuda", False, f"{info['cuda']}; not used, no operator is routed to it in this version{gpu}")

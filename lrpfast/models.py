@@ -142,10 +142,8 @@ def load(
     # Random weights must not differ from run to run, nor the caller's random numbers depend on what is loaded.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        if source in _LIBRARIES:
-            loaded = _LIBRARIES[source](name, weights, num_classes)
-        else:
-            loaded = Loaded(spec, model=_from_factory(spec))
+        library = _LIBRARIES.get(source)
+        loaded = Loaded(spec, model=_from_factory(spec)) if library is None else library(name, weights, num_classes)
     model = loaded.model
     assert isinstance(model, nn.Module)
     if checkpoint is not None:

@@ -43,7 +43,9 @@ def state(model: nn.Module) -> dict:
         "values": [(n, t.clone(), t.data_ptr(), t.stride(), t.dtype, t._version) for n, t in tensors],
         "grad": [(n, t.requires_grad, None if t.grad is None else t.grad.clone()) for n, t in tensors],
         "modules": [(n, type(m), m.training, m.forward.__func__) for n, m in model.named_modules()],
-        "hooks": [(list(m._forward_hooks), list(m._forward_pre_hooks), list(m._backward_hooks)) for m in model.modules()],
+        "hooks": [
+            (list(m._forward_hooks), list(m._forward_pre_hooks), list(m._backward_hooks)) for m in model.modules()
+        ],
         "attributes": [sorted(vars(m)) for m in model.modules()],
     }
 
@@ -77,7 +79,9 @@ def test_after_success(model: Net, composite: str):
     assert x.grad is None and not result.relevance.requires_grad
     result.relevance.add_(1)  # what is returned is the caller's own
     result.output.mul_(0)
-    assert torch.equal(explainer(x).output, model(x).detach()) or torch.allclose(explainer(x).output, model(x), rtol=1e-5)
+    assert torch.equal(explainer(x).output, model(x).detach()) or torch.allclose(
+        explainer(x).output, model(x), rtol=1e-5
+    )
     assert_same(before, state(model))
 
 
@@ -88,7 +92,10 @@ def test_after_success(model: Net, composite: str):
         (lambda m: lrpfast.explain(m, torch.full((2, 3, 8, 8), float("nan"))), errors.NumericsError),
         (lambda m: lrpfast.explain(m, torch.randn(2, 3, 8, 8), target=9), errors.TargetError),
         (lambda m: lrpfast.explain(m, torch.randn(2, 3, 8, 8), composite=lrpfast.Composite()), errors.RuleError),
-        (lambda m: lrpfast.explain(nn.Sequential(m, Sorted()), torch.randn(2, 3, 8, 8)), errors.UnsupportedOperationError),
+        (
+            lambda m: lrpfast.explain(nn.Sequential(m, Sorted()), torch.randn(2, 3, 8, 8)),
+            errors.UnsupportedOperationError,
+        ),
         (lambda m: lrpfast.explain(nn.Sequential(m, Branching()), torch.randn(2, 3, 8, 8)), errors.CaptureError),
         (lambda m: lrpfast.explain(m.train(), torch.randn(2, 3, 8, 8)), errors.CaptureError),
     ],
@@ -126,7 +133,9 @@ def test_changed_weights_are_noticed(model: Net):
 
 
 def test_memory_stays_flat():
-    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * 15 * 15, 10)).eval()
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * 15 * 15, 10)
+    ).eval()
     x = torch.randn(4, 3, 32, 32)
     explainer = lrpfast.Explainer(net, x)
     process = psutil.Process()
