@@ -2,11 +2,12 @@
 // LRPFAST_VARIANT naming the table.
 
 #include "channel_sum_cpu.h"
+#include "dense_cpu.h"
 #include "pair_cpu.h"
 #include "ratio_cpu.h"
 
 namespace lrpfast {
 
-const Kernels LRPFAST_VARIANT = {ratio, pair, channel_sum};
+const Kernels LRPFAST_VARIANT = {ratio, pair, dense_dgrad, channel_sum};
 
 }  // namespace lrpfast

@@ -17,6 +17,7 @@ namespace py = pybind11;
 namespace {
 
 using lrpfast::ChannelSumArguments;
+using lrpfast::DenseDgradArguments;
 using lrpfast::DType;
 using lrpfast::Operand;
 using lrpfast::PairArguments;
@@ -97,6 +98,19 @@ void pair(std::uintptr_t carrier, int carrier_dtype, std::uintptr_t message, int
       &arguments);
 }
 
+void dense_dgrad(std::uintptr_t s, std::uintptr_t weight, std::uintptr_t result, std::int64_t batch,
+                 std::int64_t outputs, std::int64_t inputs, int threads) {
+  const DenseDgradArguments arguments = {reinterpret_cast<const float*>(s), reinterpret_cast<const float*>(weight),
+                                         reinterpret_cast<float*>(result), batch, outputs, inputs};
+  const std::int64_t work = batch * outputs;  // a column
+  lrpfast::parallel_for(
+      inputs, work < kGrain ? kGrain / (work > 0 ? work : 1) : 1, threads,
+      [](const void* context, std::int64_t begin, std::int64_t end) {
+        lrpfast::kernels().dense_dgrad(*static_cast<const DenseDgradArguments*>(context), begin, end);
+      },
+      &arguments);
+}
+
 void channel_sum(std::uintptr_t carrier, int carrier_dtype, bool carrier_broadcast, std::uintptr_t message,
                  int message_dtype, std::uintptr_t result, std::int64_t rows, std::int64_t channels,
                  std::int64_t groups, std::int64_t positions, bool channels_last, int threads) {
@@ -136,6 +150,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of lrpfast. Takes raw pointers: call it through lrpfast.ops.";
   m.def("ratio", &ratio, py::call_guard<py::gil_scoped_release>());
   m.def("pair", &pair, py::call_guard<py::gil_scoped_release>());
+  m.def("dense_dgrad", &dense_dgrad, py::call_guard<py::gil_scoped_release>());
   m.def("channel_sum", &channel_sum, py::call_guard<py::gil_scoped_release>());
 #if LRPFAST_CUDA_BUILT
   m.def("cuda_ratio", &cuda_ratio, py::call_guard<py::gil_scoped_release>());

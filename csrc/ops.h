@@ -49,10 +49,20 @@ struct ChannelSumArguments {
   bool channels_last;  // a row is [positions, channels]; else [channels, positions]
 };
 
+// result[n, i] = sum over o of s[n, o] * weight[o, i]: the transpose of a dense layer for a small batch. All float32, rows
+// contiguous.
+struct DenseDgradArguments {
+  const float* s;
+  const float* weight;
+  float* result;
+  std::int64_t batch, outputs, inputs;
+};
+
 // One set of kernels an instruction set. Each computes the flat range [begin, end) of the result.
 struct Kernels {
   void (*ratio)(const RatioArguments&, std::int64_t begin, std::int64_t end);
   void (*pair)(const PairArguments&, std::int64_t begin, std::int64_t end);
+  void (*dense_dgrad)(const DenseDgradArguments&, std::int64_t begin, std::int64_t end);
   void (*channel_sum)(const ChannelSumArguments&, std::int64_t begin, std::int64_t end);
 };
 

@@ -57,6 +57,26 @@ def channel_sum(
     threads: int,
     /,
 ) -> None: ...
+def pair(
+    carrier: int,
+    carrier_dtype: int,
+    message: int,
+    message_dtype: int,
+    first: int,
+    first_dtype: int,
+    second: int,
+    second_dtype: int,
+    upper: int,
+    lower: int,
+    size: int,
+    gamma_rule: bool,
+    gamma_or_alpha: float,
+    beta: float,
+    eps: float,
+    threads: int,
+    /,
+) -> None: ...
+def dense_dgrad(s: int, weight: int, result: int, batch: int, outputs: int, inputs: int, threads: int, /) -> None: ...
 def build_info() -> BuildInfo: ...
 def cpu_capability() -> str: ...
 def limit_cpu_capability(limit: str | None) -> bool: ...

@@ -38,6 +38,8 @@ def _transpose(walk: Walk, node: fx.Node, t: fx.Node) -> fx.Node:
         return _spread(walk, node, t)
     if name.startswith("adaptive_avg_pool") and all(size == 1 for size in value(node).shape[2:]):
         return _scaled_expand(walk, t, x, _count(x, range(2, rank(x))))
+    if name.startswith("adaptive_avg_pool") and value(node).shape[2:] == value(x).shape[2:]:
+        return t  # every window is one value
     matrices = spatial_matrices(walk, node)
     if name == "avg_pool2d":
         return _avg_pool2d(walk, node, t, matrices)

@@ -178,6 +178,12 @@ class Lowering:
     def _lower_linear(self, node: fx.Node) -> Step | None:
         return Step(node, _small_batch_linear, node.args) if rank(node) == 2 else None
 
+    def _lower_matmul(self, node: fx.Node) -> Step | None:
+        """A dense layer's transpose."""
+        a, weight = node.args
+        dense = weight.op == "get_attr" and rank(a) == rank(weight) == 2 and self.kernels is native
+        return Step(node, native.dense_dgrad, (a, weight)) if dense else None
+
     def _lower_max_pool_dgrad(self, node: fx.Node) -> Step:
         return Step(node, TRANSPOSES["max_pool_dgrad"][1], tuple(node.args))
 
@@ -297,8 +303,6 @@ def _into_pair(function: Callable[..., Any]) -> Callable[..., Any]:
 
 # Packed weights serve every batch size; the layout is chosen for this one.
 _BATCH_HINT = 8
-# Batches in which a dense layer is faster with the weight as the left factor: it is read once, in its own order.
-_SMALL_BATCH = range(2, 17)
 
 
 def _one_dnn(node: fx.Node) -> bool:
@@ -323,8 +327,9 @@ def _pointwise(
     return torch.ops.mkldnn._convolution_pointwise.default, args
 
 
+# With the weight as the left factor it is read once, in its own order.
 def _small_batch_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if x.shape[0] not in _SMALL_BATCH or x.device.type != "cpu" or x.dtype is not torch.float32:
+    if x.shape[0] not in native.SMALL_BATCH or x.device.type != "cpu" or x.dtype is not torch.float32:
         return torch.nn.functional.linear(x, weight, bias)
     product = torch.mm(weight, x.t()) if bias is None else torch.addmm(bias[:, None], weight, x.t())
     return product.t().contiguous()

@@ -1,0 +1,365 @@
+"""The ways in which people write one network: the map depends on what is computed, not on how the code spells it.
+
+Each model below is written in a style of its own; beside it stands the same network as data, over the same modules, for the oracle.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lrpfast
+from tests.oracles.agree import as_tuple, make_seed, to_composite
+from tests.oracles.network import Net, distance, explain
+from tests.oracles.specs import EPSILON, FLAT, GAMMA, ZPLUS, Spec
+
+RULES: dict[str, Spec] = {"conv": GAMMA, "linear": EPSILON}
+
+
+def assert_same_map(model: nn.Module, net: Net, *inputs: Tensor, rules: dict[str, Spec] = RULES) -> None:
+    model, net = model.double().eval(), net.double().eval()
+    inputs = tuple(x.double() for x in inputs)
+    seed = make_seed(net, inputs)
+    expected = explain(net, rules, inputs, seed)
+    explainer = lrpfast.Explainer(model, inputs, composite=to_composite(net, rules))
+    given = tuple(x.clone() for x in inputs)
+    found = explainer(given if len(given) > 1 else given[0], target=seed)
+    for a, b in zip(as_tuple(found.relevance), expected.relevance, strict=True):
+        assert distance(a, b) <= 1e-9
+    for a, b in zip(given, inputs, strict=True):
+        assert torch.equal(a, b), "the caller's input was written to"
+
+
+def parts(*names: str) -> dict[str, nn.Module]:
+    """Convolutions of two channels that keep the size, and a dense layer `head` over 2 x 5 x 5."""
+    modules: dict[str, nn.Module] = {name: nn.Conv2d(2, 2, 3, padding=1) for name in names}
+    return modules | {"head": nn.Linear(50, 3)}
+
+
+class Model(nn.Module):
+    """A model whose forward is a function of its modules and inputs."""
+
+    def __init__(self, modules: dict[str, nn.Module], run: Callable[..., object]) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            setattr(self, name, module)
+        self.run = run
+
+    def forward(self, *inputs: Tensor) -> object:
+        return self.run(self, *inputs)
+
+
+def finish(net: Net, h: int, modules: dict[str, nn.Module]) -> Net:
+    net.layer("head", modules["head"], net.op("route", lambda v: v.flatten(1), h))
+    return net
+
+
+X = torch.randn(3, 2, 5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def chain(modules: dict[str, nn.Module], relus: Sequence[str]) -> Net:
+    net = Net()
+    h = net.input()
+    for name in relus:
+        h = net.relu(net.layer(name, modules[name], h))
+    return finish(net, h, modules)
+
+
+def shared_relu(m: Model, x: Tensor) -> Tensor:
+    return m.head(m.act(m.b(m.act(m.a(x)))).flatten(1))
+
+
+def functional_relu(m: Model, x: Tensor) -> Tensor:
+    return m.head(torch.flatten(F.relu(m.b(F.relu(m.a(x)))), 1))
+
+
+def functional_in_place(m: Model, x: Tensor) -> Tensor:
+    x = m.a(x)
+    F.relu(x, inplace=True)
+    x = m.b(x).relu_()
+    return m.head(x.view(x.size(0), -1))
+
+
+def clamped(m: Model, x: Tensor) -> Tensor:
+    return m.head(m.b(m.a(x).clamp(min=0)).clamp_min(0).reshape(x.shape[0], -1))
+
+
+def as_maximum(m: Model, x: Tensor) -> Tensor:
+    x = F.threshold(m.a(x), 0, 0)
+    return m.head(torch.relu(m.b(x)).flatten(start_dim=1))
+
+
+def functional_layers(m: Model, x: Tensor) -> Tensor:
+    x = F.conv2d(x, m.a.weight, m.a.bias, padding=1).relu()
+    x = F.conv2d(x, m.b.weight, m.b.bias, padding=1).relu()
+    return F.linear(x.flatten(1), m.head.weight, m.head.bias)
+
+
+def padded_before(m: Model, x: Tensor) -> Tensor:
+    x = F.conv2d(F.pad(x, (1, 1, 1, 1)), m.a.weight, m.a.bias).relu()
+    return m.head(m.b(x).relu().flatten(1))
+
+
+def in_a_loop(m: Model, x: Tensor) -> Tensor:
+    for layer in (m.a, m.b):
+        x = layer(x)
+        x = x * 1
+        x = x.relu()
+    return m.head(x.flatten(1))
+
+
+def views_and_copies(m: Model, x: Tensor) -> Tensor:
+    x = m.a(x.clone().contiguous(memory_format=torch.channels_last)).relu()
+    x = m.b(x.permute(0, 2, 3, 1).permute(0, 3, 1, 2)).relu()
+    return m.head(x[None].squeeze(0).contiguous().flatten(1))
+
+
+STYLES = [
+    shared_relu, functional_relu, functional_in_place, clamped, as_maximum, functional_layers, padded_before, in_a_loop,
+    views_and_copies,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("run", STYLES, ids=lambda f: f.__name__)
+def test_styles_of_a_chain(run: Callable[..., Tensor]):
+    modules = parts("a", "b")
+    net = chain(modules, "ab")
+    assert_same_map(Model(modules | {"act": nn.ReLU(inplace=True)}, run), net, X)
+
+
+def residual_net(modules: dict[str, nn.Module]) -> Net:
+    net = Net()
+    first = net.relu(net.layer("a", modules["a"], net.input()))
+    return finish(net, net.relu(net.add(net.layer("b", modules["b"], first), first)), modules)
+
+
+def added(m: Model, x: Tensor) -> Tensor:
+    x = m.a(x).relu()
+    return m.head((m.b(x) + x).relu().flatten(1))
+
+
+def added_in_place(m: Model, x: Tensor) -> Tensor:
+    x = F.relu(m.a(x), inplace=True)
+    out = m.b(x)
+    out += x
+    return m.head(F.relu(out, inplace=True).flatten(1))
+
+
+def added_by_method(m: Model, x: Tensor) -> Tensor:
+    x = m.a(x).relu_()
+    return m.head(m.b(x).add_(x).relu_().flatten(1))
+
+
+def added_by_torch(m: Model, x: Tensor) -> Tensor:
+    x = m.a(x).relu_()
+    return m.head(torch.add(input=m.b(x), other=x).relu().flatten(1))
+
+
+@pytest.mark.parametrize("run", [added, added_in_place, added_by_method, added_by_torch], ids=lambda f: f.__name__)
+def test_styles_of_a_residual_sum(run: Callable[..., Tensor]):
+    modules = parts("a", "b")
+    assert_same_map(Model(modules, run), residual_net(modules), X)
+
+
+@pytest.mark.parametrize("spelling", ["@", "matmul", "mm", "einsum"])
+def test_a_matrix_product_with_a_parameter_is_a_dense_layer(spelling: str):
+    modules = {"a": nn.Linear(6, 5), "head": nn.Linear(5, 3, bias=False)}
+    run = {
+        "@": lambda m, x: m.a(x).relu() @ m.head.weight.T,
+        "matmul": lambda m, x: torch.matmul(m.a(x).relu(), m.head.weight.t()),
+        "mm": lambda m, x: torch.mm(m.a(x).relu(), m.head.weight.transpose(0, 1)),
+        "einsum": lambda m, x: torch.einsum("ni,oi->no", m.a(x).relu(), m.head.weight),
+    }
+    net = Net()
+    net.layer("head", modules["head"], net.relu(net.layer("a", modules["a"], net.input())))
+    assert_same_map(Model(modules, run[spelling]), net, torch.randn(4, 6, dtype=torch.float64), rules={"linear": ZPLUS})
+
+
+def test_one_convolution_used_twice():
+    modules = parts("a")
+    net = Net()
+    h = net.relu(net.layer("a", modules["a"], net.input()))
+    net = finish(net, net.relu(net.layer("a", modules["a"], h)), modules)
+    assert_same_map(Model(modules, lambda m, x: m.head(m.a(m.a(x).relu()).relu().flatten(1))), net, X)
+
+
+def test_one_convolution_over_two_inputs():
+    modules = parts("a")
+    net = Net()
+    first, second = (net.relu(net.layer("a", modules["a"], net.input())) for _ in range(2))
+    net = finish(net, net.add(first, second), modules)
+    model = Model(modules, lambda m, x, y: m.head((m.a(x).relu() + m.a(y).relu()).flatten(1)))
+    assert_same_map(model, net, X, torch.randn_like(X))
+
+
+@pytest.mark.parametrize("rule", [EPSILON, ZPLUS, GAMMA, FLAT], ids=str)
+def test_convolutions_over_one_value(rule: Spec):
+    """Several layers read one value, behind a ReLU and not: whatever is stacked must come apart again."""
+    modules = parts("a", "b", "c", "d")
+    net = Net()
+    x = net.input()
+    a, b = net.relu(net.layer("a", modules["a"], x)), net.layer("b", modules["b"], x)
+    c, d = net.layer("c", modules["c"], a), net.relu(net.layer("d", modules["d"], a))
+    net = finish(net, net.add(net.add(c, d), b), modules)
+
+    def run(m: Model, x: Tensor) -> Tensor:
+        a, b = m.a(x).relu(), m.b(x)
+        return m.head((m.c(a) + m.d(a).relu() + b).flatten(1))
+
+    assert_same_map(Model(modules, run), net, X, rules=RULES | {"conv": rule})
+
+
+@pytest.mark.parametrize("rule", [ZPLUS, GAMMA, Spec("AlphaBeta")], ids=str)
+def test_output_of_a_layer_used_by_a_relu_and_by_something_else(rule: Spec):
+    """Where z < 0 relevance comes from the second user: 'used only by a ReLU' must not be taken for granted."""
+    modules = parts("a", "b")
+    net = Net()
+    z = net.layer("b", modules["b"], net.relu(net.layer("a", modules["a"], net.input())))
+    net = finish(net, net.add(net.relu(z), net.op("pass", lambda v: v * 0.5, z)), modules)
+
+    def run(m: Model, x: Tensor) -> Tensor:
+        z = m.b(m.a(x).relu())
+        return m.head((z.relu() + z * 0.5).flatten(1))
+
+    assert_same_map(Model(modules, run), net, X, rules=RULES | {"conv": rule})
+
+
+def test_chunks_that_all_go_somewhere():
+    modules = {"a": nn.Conv2d(2, 6, 1), "b": nn.Conv2d(2, 2, 3, padding=1), "head": nn.Linear(100, 3)}
+
+    def run(m: Model, x: Tensor) -> Tensor:
+        u, v, w = m.a(x).chunk(3, dim=1)
+        return m.head(torch.cat([m.b(u.relu()) + v, torch.sigmoid(w) * v], 1).flatten(1))
+
+    net = Net()
+    a = net.layer("a", modules["a"], net.input())
+    u, v, w = (net.op("route", lambda t, k=k: t[:, 2 * k : 2 * k + 2], a) for k in range(3))
+    total = net.add(net.layer("b", modules["b"], net.relu(u)), v)
+    gated = net.op("gate", torch.mul, v, net.op("pass", torch.sigmoid, w))
+    assert_same_map(Model(modules, run), finish(net, net.op("route", lambda *t: torch.cat(t, 1), total, gated), modules), X)
+
+
+def test_part_of_a_value_goes_unused():
+    """The unused part of a split, and a branch that is computed and dropped, receive nothing."""
+    modules = parts("a", "b")
+
+    def run(m: Model, x: Tensor) -> Tensor:
+        first, _ = x.split([1, 1], 1)
+        m.b(x).mean()
+        return m.head(m.a(torch.cat([first, first], 1)).relu().flatten(1))
+
+    net = Net()
+    first = net.op("route", lambda v: torch.cat([v[:, :1], v[:, :1]], 1), net.input())
+    assert_same_map(Model(modules, run), finish(net, net.relu(net.layer("a", modules["a"], first)), modules), X)
+
+
+def test_an_input_that_only_gates():
+    modules = parts("a")
+    net = Net()
+    x, y = net.input(), net.input()
+    h = net.op("gate", torch.mul, net.relu(net.layer("a", modules["a"], x)), net.op("pass", torch.sigmoid, y))
+    model = Model(modules, lambda m, x, y: m.head((m.a(x).relu() * torch.sigmoid(y)).flatten(1)))
+    assert_same_map(model, finish(net, h, modules), X, torch.randn_like(X))
+
+
+def test_inputs_of_two_kinds():
+    """An image and a vector, joined before the head."""
+    modules = {"a": nn.Conv2d(2, 2, 3, padding=1), "b": nn.Linear(4, 6), "head": nn.Linear(56, 3)}
+    net = Net()
+    image, vector = net.input(), net.input()
+    image = net.op("route", lambda v: v.flatten(1), net.relu(net.layer("a", modules["a"], image)))
+    vector = net.relu(net.layer("b", modules["b"], vector))
+    net.layer("head", modules["head"], net.op("route", lambda a, b: torch.cat((a, b), 1), image, vector))
+    model = Model(modules, lambda m, x, y: m.head(torch.cat([m.a(x).relu().flatten(1), m.b(y).relu()], 1)))
+    assert_same_map(model, net, X, torch.randn(3, 4, dtype=torch.float64))
+
+
+PACKINGS = {
+    "dict": lambda y: {"logits": y},
+    "tuple": lambda y: (y,),
+    "list with a constant": lambda y: [y, None],
+    "nested": lambda y: {"out": (y, "name")},
+}
+
+
+@pytest.mark.parametrize("name", PACKINGS)
+def test_output_in_a_container(name: str):
+    modules = parts("a")
+    pack = PACKINGS[name]
+    plain = Model(modules, lambda m, x: m.head(m.a(x).relu().flatten(1))).double().eval()
+    packed = Model(modules, lambda m, x: pack(m.head(m.a(x).relu().flatten(1)))).double().eval()
+    expected = lrpfast.explain(plain, X, target=1)
+    found = lrpfast.explain(packed, X, target=1)
+    assert torch.equal(found.relevance, expected.relevance)
+    leaves, spec = torch.utils._pytree.tree_flatten(found.output)
+    expected_leaves, expected_spec = torch.utils._pytree.tree_flatten(pack(expected.output))
+    assert spec == expected_spec
+    for a, b in zip(leaves, expected_leaves, strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def test_an_exported_program_is_explained_like_its_module():
+    modules = parts("a", "b")
+    model = Model(modules, functional_relu).double().eval()
+    batch = torch.export.Dim("batch")
+    exported = torch.export.export(model, (X,), dynamic_shapes=(({0: batch},),))
+    composite = to_composite(Net(), RULES)
+    found = lrpfast.Explainer(exported, X, composite=composite)(X, target=2)
+    assert torch.equal(found.relevance, lrpfast.Explainer(model, X, composite=composite)(X, target=2).relevance)
+
+
+def test_grad_modes_and_frozen_parameters_do_not_matter():
+    """Parameters that need no gradient, an outer no_grad or inference mode, and a deep copy give the same map."""
+    model = Model(parts("a", "b"), functional_relu).double().eval()
+    expected = lrpfast.explain(model, X, target=0).relevance
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    assert torch.equal(lrpfast.explain(frozen, X, target=0).relevance, expected)
+    with torch.no_grad():
+        assert torch.equal(lrpfast.explain(model, X, target=0).relevance, expected)
+    with torch.inference_mode():
+        assert torch.equal(lrpfast.explain(model, X, target=0).relevance, expected)
+    asking = X.clone().requires_grad_()
+    found = lrpfast.explain(model, asking, target=0).relevance
+    assert torch.equal(found, expected) and not found.requires_grad and asking.grad is None
+
+
+def test_other_sizes_of_the_input():
+    """A network that takes any size gives each its own map; so does a return to the first size."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    model = model.double().eval()
+    explainer = lrpfast.Explainer(model, composite="epsilon_plus")
+    torch.manual_seed(2)
+    inputs = [torch.randn(n, 2, *size, dtype=torch.float64) for n, size in ((1, (5, 5)), (2, (6, 4)), (3, (9, 3)), (1, (5, 5)))]
+    for x in inputs * 2:
+        alone = lrpfast.explain(model, x, composite="epsilon_plus")
+        assert torch.equal(explainer(x).relevance, alone.relevance)
+
+
+def test_recorded_layers_match_the_oracle():
+    """What is recorded under a module's name is R at the value that leaves it, batch norm folded or not, twice used or not."""
+    net = Net()
+    norm = nn.BatchNorm2d(4)
+    nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    nn.init.normal_(norm.running_mean)
+    h = net.relu(net.layer("a", nn.Conv2d(2, 4, 3), net.input(), norm))
+    inner = net.relu(net.layer("b", nn.Conv2d(4, 4, 3, padding=1), h))
+    h = net.add(net.layer("c", nn.Conv2d(4, 4, 3, padding=1), inner), h)
+    h = net.module("pass", "act", nn.GELU(), h)
+    net.layer("head", nn.Linear(36, 3), net.op("route", lambda v: v.flatten(1), h))
+    net.double().eval()
+    seed = make_seed(net, [X])
+    rules = {"conv": ZPLUS, "linear": EPSILON, "a": FLAT}
+    expected = explain(net, rules, [X], seed)
+    names = ("a_bn", "b", "c", "act", "head")
+    explainer = lrpfast.Explainer(net, X, composite=to_composite(net, rules), record=[f"layers.{n}" for n in names])
+    found = explainer(X, target=seed)
+    assert sorted(found.layers) == sorted(f"layers.{n}" for n in names)
+    for name in names:
+        oracle = expected.nodes["a" if name == "a_bn" else name]
+        assert distance(found.layers[f"layers.{name}"], oracle) <= 1e-9, name
+    assert distance(found.relevance, expected.relevance[0]) <= 1e-9
