@@ -38,7 +38,7 @@ table: .venv/installed .venv/tests
 	$(python) -m benchmarks.engine --markdown
 
 test: .venv/installed .venv/tests
-	$(python) -m pytest $(ARGS)
+	$(python) -m pytest -n auto --benchmark-disable $(ARGS)
 
 lint: .venv/linters
 	$(python) -m ruff check .

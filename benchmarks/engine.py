@@ -79,12 +79,12 @@ def measure(row: Row, columns: list[str], repeats: int) -> dict[str, Timing]:
     return timings
 
 
-def measure_memory(row: Row) -> dict[str, int]:
+def measure_memory(row: Row, threads: int) -> dict[str, int]:
     """Peak bytes of processes that explain the row's batch, and of one that takes its gradient."""
     return {
-        "gradient": memory.peak(row.model, row.batch, "gradient"),
-        "torch": memory.peak(row.model, row.batch, "lrpfast", row.composite, "torch"),
-        "auto": memory.peak(row.model, row.batch, "lrpfast", row.composite, "auto"),
+        "gradient": memory.peak(row.model, row.batch, threads, "gradient"),
+        "torch": memory.peak(row.model, row.batch, threads, "lrpfast", row.composite, "torch"),
+        "auto": memory.peak(row.model, row.batch, threads, "lrpfast", row.composite, "auto"),
     }
 
 
@@ -158,18 +158,33 @@ def note(report: dict[str, Any]) -> str:
     )
 
 
-def profile(row: Row) -> str:
-    """Where one explanation spends its time, step kind by step kind."""
+def profile(row: Row, backend: str = "auto") -> str:
+    """Where one explanation spends its time: by operation, and the single steps that take longest."""
     import lrpfast
 
     work = peers.workload(row.model, row.batch)
-    explainer = lrpfast.Explainer(work.model, work.inputs, composite=peers.composite(row.composite))
-    for _ in range(2):
-        explainer(work.inputs, target=work.targets)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
-        for _ in range(3):
-            explainer(work.inputs, target=work.targets)
-    return recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60)
+    explainer = lrpfast.Explainer(work.model, work.inputs, composite=peers.composite(row.composite), backend=backend)
+    steps = explainer.profile(work.inputs, repeats=7)
+    total = sum(seconds for _, _, seconds in steps)
+    kinds: dict[str, list[float]] = {}
+    for _, operation, seconds in steps:
+        kinds.setdefault(operation, []).append(seconds)
+
+    def line(name: str, seconds: float, calls: int) -> str:
+        return f"{seconds * 1000:10.2f} ms {seconds / total:7.1%} {calls:6d}  {name}"
+
+    by_kind = sorted(kinds.items(), key=lambda item: -sum(item[1]))
+    longest = sorted(steps, key=lambda step: -step[2])[:25]
+    return "\n".join(
+        [
+            f"{row.name}, batch {row.batch}, backend {backend}: {total * 1000:.1f} ms in {len(steps)} steps",
+            "      time    share  steps  operation",
+            *(line(name, sum(seconds), len(seconds)) for name, seconds in by_kind),
+            "",
+            "the longest steps",
+            *(line(f"{operation} of {module or 'the model'}", seconds, 1) for module, operation, seconds in longest),
+        ]
+    )
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -186,7 +201,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--markdown", action="store_true", help="print a markdown table")
     parser.add_argument("--json", type=Path, default=RESULTS, help=f"where results are written (default {RESULTS})")
     parser.add_argument("--from-json", type=Path, help="print the table of an earlier run; measure nothing")
-    parser.add_argument("--profile", metavar="ROW", help="print where one row's explanation spends its time; measure nothing else")
+    parser.add_argument("--profile", metavar="ROW", help="print where one row's explanation spends its time, and nothing else")
+    parser.add_argument("--backend", default="auto", help="the backend of --profile (default auto)")
     chosen = parser.parse_args(argv)
     chosen.matching = [row for row in ROWS if any(part in row.name for part in chosen.rows or [""])]
     if not chosen.matching:
@@ -205,16 +221,15 @@ def main(argv: list[str] | None = None) -> None:
         report = json.loads(chosen.from_json.read_text())
     else:
         torch.set_num_threads(chosen.threads)
-        memory.THREADS = chosen.threads
         if chosen.profile:
-            print(profile(next(row for row in ROWS if row.name == chosen.profile)))
+            print(profile(next(row for row in ROWS if row.name == chosen.profile), chosen.backend))
             return
         repeats = 3 if chosen.quick else chosen.repeats
         columns = ["forward", *(c for c in chosen.columns or COLUMNS if c != "forward")]
         report = {"machine": machine.describe(chosen.threads), "repeats": repeats, "rows": []}
         for row in chosen.matching:
             print(f"measuring {row.name}", file=sys.stderr, flush=True)
-            peaks = {} if chosen.quick or chosen.no_memory else measure_memory(row)
+            peaks = {} if chosen.quick or chosen.no_memory else measure_memory(row, chosen.threads)
             report["rows"].append(record(row, measure(row, columns, repeats), peaks))
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
         chosen.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Peak memory of one process that explains one batch, against one that takes torch's own input gradient of it.
 
-    python -m benchmarks.memory MODEL BATCH gradient
-    python -m benchmarks.memory MODEL BATCH lrpfast COMPOSITE BACKEND
+    python -m benchmarks.memory MODEL BATCH THREADS gradient
+    python -m benchmarks.memory MODEL BATCH THREADS lrpfast COMPOSITE BACKEND
 
 Each run is a process of its own and prints its peak resident memory in bytes: everything counts, the imports, the weights, and for
 lrpfast the capture and the prepared weights too. The values play no role, so the networks have fresh random weights.
@@ -16,12 +16,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-THREADS = 2
 
-
-def peak(model: str, batch: int, *what: str) -> int:
+def peak(model: str, batch: int, threads: int, *what: str) -> int:
     """Peak memory in bytes of a fresh process that does `what`: ("gradient",) or ("lrpfast", composite, backend)."""
-    command = [sys.executable, "-m", "benchmarks.memory", model, str(batch), *what]
+    command = [sys.executable, "-m", "benchmarks.memory", model, str(batch), str(threads), *what]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -41,10 +39,10 @@ def _main(arguments: list[str]) -> None:
 
     from tests import torchvision_shim  # noqa: F401  (makes torchvision importable)
 
-    torch.set_num_threads(THREADS)
     import torchvision
 
-    name, batch, what = arguments[0], int(arguments[1]), arguments[2]
+    name, batch, threads, what = arguments[0], int(arguments[1]), int(arguments[2]), arguments[3]
+    torch.set_num_threads(threads)
     model = torchvision.models.get_model(name, weights=None).eval().to(memory_format=torch.channels_last)
     inputs = torch.randn(batch, 3, 224, 224).to(memory_format=torch.channels_last)
     targets = torch.arange(batch)
@@ -58,7 +56,7 @@ def _main(arguments: list[str]) -> None:
         import lrpfast
         from benchmarks.peers import composite
 
-        explainer = lrpfast.Explainer(model, inputs, composite=composite(arguments[3]), backend=arguments[4])
+        explainer = lrpfast.Explainer(model, inputs, composite=composite(arguments[4]), backend=arguments[5])
         for _ in range(2):
             explainer(inputs, target=targets)
     print(json.dumps({"peak_bytes": _peak_of_this_process()}))

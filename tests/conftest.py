@@ -1,4 +1,4 @@
-"""What every test shares: one hypothesis profile, at most two threads, and a fixed random state."""
+"""What every test shares: one hypothesis profile, few threads, and a fixed random state."""
 
 import os
 
@@ -6,7 +6,8 @@ import hypothesis
 import pytest
 import torch
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Workers share the cores: one thread each, else at most two.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 # Each example compiles a network, which takes a good part of a second: no deadline, few examples. The draws are the same in every run,
 # so that a failure is a failure of the change at hand; LRPFAST_HYPOTHESIS=explore looks further.

@@ -132,6 +132,20 @@ def test_gate_receives_nothing(name: str, gate_first: bool):
     branches.check()
 
 
+def test_quotient_of_two_signals_holds_the_divisor_constant():
+    """As in a norm: `x / n(x)` gets the ε rule of `x / constant`, R_x = y R / S(y). torch writes softsign in this way."""
+
+    def divided(net: Net, h: int, prefix: str) -> int:
+        h = net.layer(f"{prefix}a", nn.Conv2d(2, 3, 3, padding=1), h)
+        length = net.op("route", lambda v: v.square().sum(1, keepdim=True).sqrt() + 0.1, h)
+        return net.op("quotient", torch.div, h, length)
+
+    branches = Parallel()
+    for top in TOPS:
+        branches.add("divided by its length", SHAPE, divided, top)
+    branches.check()
+
+
 def test_silu_written_as_a_product_passes():
     branches = Parallel()
     for top in TOPS:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lrpfast
-from lrpfast.errors import InputError, OutputError
+from lrpfast.errors import InputError, OutputError, UnsupportedOperationError
 from tests.networks import images, torchvision_network, with_statistics
 
 onnx = pytest.importorskip("onnx")
@@ -133,7 +133,6 @@ LAYERS: dict[str, list[nn.Module]] = {
         nn.MaxPool2d(3, stride=2, ceil_mode=True),
         nn.MaxPool2d(2, stride=1, dilation=2),
         nn.AdaptiveMaxPool2d(1),
-        nn.AdaptiveMaxPool2d(3),
     ],
     "avg_pools": [
         nn.AvgPool2d(2),
@@ -173,6 +172,19 @@ def test_other_layers(layers: str, tmp_path: Path) -> None:
     explainer = export(model, inputs, "epsilon_plus_flat", tmp_path / "program.onnx")
     check_file(tmp_path / "program.onnx")
     check(explainer, tmp_path / "program.onnx", [inputs, inputs[:1]], 5)
+
+
+def test_uneven_adaptive_max_pool(tmp_path: Path) -> None:
+    """Windows of several sizes have no operator in ONNX: the export may refuse, by name, but not write a wrong program."""
+    model = network(nn.AdaptiveMaxPool2d(3), size=11)
+    inputs = images(2, 11, channels=4, seed=2)
+    try:
+        explainer = export(model, inputs, "epsilon_plus_flat", tmp_path / "program.onnx")
+    except UnsupportedOperationError as error:
+        assert "adaptive_max_pool2d" in str(error)
+        assert list(tmp_path.iterdir()) == []
+    else:
+        check(explainer, tmp_path / "program.onnx", [inputs, inputs[:1]], 5)
 
 
 def test_recorded_layers_are_outputs(tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ FOLDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[i
 def test_batch_norm_is_folded_into_the_layer_below(name: str):
     layer, norm, shape = FOLDS[name]
     branches = Parallel()
-    for k, rule in enumerate(LAYER_RULES):
+    number = list(FOLDS).index(name)
+    for k, rule in enumerate(LAYER_RULES[number % 2 :: 2]):  # every other rule: each meets half of the layers
 
         def build(net: Net, h: int, prefix: str, rule: Spec = rule, k: int = k) -> int:
             branches.rules[prefix] = rule
@@ -110,14 +111,14 @@ ALONE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("build", ALONE, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("rule", [None, EPSILON, Spec("Epsilon", {"epsilon": 0.3})], ids=str)
-def test_batch_norm_that_cannot_be_folded(build: Callable[[Net, int, str], int], rule: Spec | None):
+def test_batch_norm_that_cannot_be_folded(rule: Spec | None):
     branches = Parallel()
     if rule is not None:
         branches.rules["batch_norm"] = rule
-    for top in TOPS:
-        branches.add(build.__name__, SHAPE, build, top)
+    for build in ALONE:
+        for top in TOPS:
+            branches.add(build.__name__, SHAPE, build, top)
     branches.check()
 
 
@@ -153,9 +154,9 @@ def test_normaliser_is_held_constant(name: str):
         return net.relu(net.module("normaliser", f"{prefix}norm", trained(NORMALISERS[name]()), h))
 
     branches = Parallel()
+    branches.add(f"{name} behind a relu", SHAPE, behind_relu)
     for top in TOPS:
         branches.add(name, SHAPE, build, top)
-        branches.add(f"{name} behind a relu", SHAPE, behind_relu, top)
     branches.check()
 
 
@@ -185,13 +186,9 @@ def test_layer_norm_over_channels_as_in_convnext():
     branches.check()
 
 
-def test_running_statistics_of_instance_norm_are_a_batch_norm():
-    """In eval mode with tracked statistics an instance norm is affine with constants, so relevance passes."""
-    norm = nn.InstanceNorm2d(3, affine=True, track_running_stats=True).double().eval()
-    nn.init.uniform_(norm.running_var, 0.5, 2.0)
-    net = Net()
-    h = net.relu(net.layer("a", nn.Conv2d(2, 3, 3), net.input()))
-    net.module("batch_norm", "norm", norm, h)
-    net.double().eval()
-    x = torch.randn(2, *SHAPE, dtype=torch.float64)
-    assert_agrees(net, everywhere(EPSILON), [x], make_seed(net, [x]))
+def test_running_statistics_of_instance_norm_are_refused_by_name():
+    """With tracked statistics it is affine with constants; it has no rule yet, and must not be taken for the other kind."""
+    norm = nn.InstanceNorm2d(3, affine=True, track_running_stats=True)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), norm, nn.Flatten(), nn.Linear(18, 2)).eval()
+    with pytest.raises(lrpfast.errors.UnsupportedOperationError, match=r"instance_norm.*'1'.*running statistics"):
+        lrpfast.Explainer(model, torch.randn(2, *SHAPE), composite="epsilon")

@@ -162,3 +162,19 @@ def test_cuda_ratio():
             assert failure is None
             expected = native.ratio_sum(y.cpu(), q.cpu(), p.cpu(), z[:1].cpu(), eps)
             assert torch.equal(out.cpu(), expected)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2, 5, 16, 17])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (3, 7), (16, 64), (37, 1025), (130, 4099)])
+def test_dense_dgrad(batch: int, outputs: int, inputs: int) -> None:
+    s, weight = torch.randn(batch, outputs), torch.randn(outputs, inputs)
+    exact = s.double() @ weight.double()
+    allowed = 2 * (s @ weight - exact).abs().amax().item() if batch else 0.0
+    result = native.dense_dgrad(s, weight)
+    assert result.shape == exact.shape
+    if batch:
+        assert (result - exact).abs().amax().item() <= max(allowed, 1e-6 * exact.abs().amax().item())
+    apart = torch.randn(outputs, batch).t()  # not contiguous
+    assert torch.allclose(native.dense_dgrad(apart, weight), apart @ weight, rtol=1e-4, atol=1e-4)
+    double = native.dense_dgrad(s.double(), weight.double())
+    assert torch.equal(double, exact)

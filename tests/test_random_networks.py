@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -68,3 +71,20 @@ def test_a_map_depends_on_its_sample_alone(drawn: Drawn):
         assert distance(explainer(last, target=seed).relevance, together) <= 1e-9
     strided = torch.empty(*x.shape, 2, dtype=x.dtype)[..., 0].copy_(x)
     assert distance(explainer(strided, target=seed).relevance, together) <= 1e-9
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@settings(max_examples=12)
+@given(drawn=networks())
+def test_float32_is_as_exact_as_its_digits(backend: str, drawn: Drawn):
+    """The fastest operators run in float32 alone; noise of 1e-6 stands for its rounding, summed up over a layer."""
+    with torch.no_grad():
+        seed = one_hot_seed(drawn.net(drawn.x), 1, "one")
+    moves = stability(drawn.net, drawn.rules, [drawn.x], seed, size=1e-6)
+    assume(moves < 1e-3)
+    expected = explain(drawn.net, drawn.rules, [drawn.x], seed).relevance[0]
+    single = copy.deepcopy(drawn.net).float()
+    explainer = lrpfast.Explainer(single, drawn.x.float(), to_composite(drawn.net, drawn.rules), backend=backend)
+    found = explainer(drawn.x.float(), target=1, seed="one").relevance
+    assert found.dtype is torch.float32
+    assert distance(found, expected) <= moves + 1e-6

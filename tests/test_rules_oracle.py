@@ -17,7 +17,7 @@ import torch
 from tests.oracles.agree import Parallel, assert_agrees, make_seed
 from tests.oracles.jacobian import layer_relevance
 from tests.oracles.network import Net, distance
-from tests.oracles.specs import EPSILON, FLAT, LAYER_RULES, PASS, ZBOX, ZERO, Spec, to_rule
+from tests.oracles.specs import ALPHA2_BETA1, EPSILON, FLAT, GAMMA, LAYER_RULES, PASS, ZBOX, ZERO, ZPLUS, Spec, to_rule
 from torch import Tensor, nn
 
 import lrpfast
@@ -145,6 +145,22 @@ def test_exact_zeros_of_x_and_z(name: str):
         branches.layer(case, rule, False, (None, "relu")[r % 2], bias=r % 4 < 2)
         branches.layer(case, rule, True, (None, "relu", FLAT)[r % 3], bias=r % 4 >= 2)
     branches.make_exact()
+    branches.check()
+
+
+@pytest.mark.parametrize("share", [1e-6, 1e-12, 1e-20])
+def test_parts_of_z_that_differ_by_many_digits(share: float):
+    """A negative part far smaller than the positive one, and the reverse: it must not be had by subtracting large numbers."""
+    branches = Branches()
+    for rule, below in itertools.product((ALPHA2_BETA1, GAMMA, ZPLUS, EPSILON), (False, True)):
+        for sign in (1.0, -1.0):
+            layer = nn.Conv2d(3, 4, 3, padding=1).double()
+            with torch.no_grad():
+                large = sign * (0.5 + torch.rand_like(layer.weight))
+                layer.weight.copy_(torch.where(torch.rand_like(large) < 0.3, -share * large, large))
+                layer.bias.copy_(sign * torch.tensor([-share, 0.0, 0.5, -2 * share], dtype=torch.float64))
+            case = Case("digits", lambda bias, layer=layer: layer, (3, 4, 4))
+            branches.layer(case, rule, below, EPSILON if below else None, bias=True)
     branches.check()
 
 

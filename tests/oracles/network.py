@@ -26,7 +26,7 @@ class Node:
     """One value of a network: how it is computed, and which rule of RULES.md its kind takes.
 
     kind is one of: input, layer, pass, relu, norm (linear and homogeneous), sum, route, max_pool, gate (signal first), product,
-    matmul, normaliser (layer, RMS, group and instance norm), batch_norm.
+    matmul, quotient (divisor last), normaliser (layer, RMS, group and instance norm), batch_norm.
     """
 
     index: int
@@ -87,15 +87,13 @@ class Net(nn.Module):
         kinds = {"pass": "activation", "relu": "relu", "norm": "avg_pool", "normaliser": "norm"}
         return kinds.get(node.kind, node.kind)
 
-    def values(self, *inputs: Tensor, noise: torch.Generator | None = None) -> list[Tensor]:
-        """Return the value of every node, safe from in-place operations; with `noise`, each is off by about 1e-13 of itself."""
+    def values(self, *inputs: Tensor, noise: Function | None = None) -> list[Tensor]:
+        """Return the value of every node, safe from in-place operations; each goes through `noise`, where given."""
         given = iter(inputs)
         values: list[Tensor] = []
         for node in self.nodes:
             value = next(given) if node.kind == "input" else node.compute(*(values[i].clone() for i in node.args))
-            if noise is not None:
-                value = value * (1 + 1e-13 * torch.randn(value.shape, generator=noise, dtype=value.dtype))
-            values.append(value)
+            values.append(value if noise is None else noise(value))
         return values
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -185,6 +183,8 @@ def messages(net: Net, node: Node, spec: Spec | None, values: Sequence[Tensor], 
         return [v * g for v, g in zip(values, vjp(node.compute, values, s), strict=True)]
     if kind == "gate":
         return [sum_to(r, values[0].shape), torch.zeros_like(values[1])]
+    if kind == "quotient":  # the divisor is a normaliser, held constant
+        return [sum_to(y * r / stabilise(y), values[0].shape), torch.zeros_like(values[1])]
     if kind in ("product", "matmul"):
         s = r / stabilise(y)
         return [0.5 * v * g for v, g in zip(values, vjp(node.compute, values, s), strict=True)]
@@ -209,7 +209,7 @@ Rules = Mapping[str, Spec]
 
 
 def explain(
-    net: Net, rules: Rules, inputs: Sequence[Tensor], seed: Tensor, noise: torch.Generator | None = None
+    net: Net, rules: Rules, inputs: Sequence[Tensor], seed: Tensor, noise: Function | None = None
 ) -> Result:
     """Return the relevance of every node for R = `seed` at the output.
 
@@ -242,8 +242,8 @@ def one_hot_seed(output: Tensor, target: int | Tensor, seed: str = "logit") -> T
     return chosen
 
 
-def stability(net: Net, rules: Rules, inputs: Sequence[Tensor], seed: Tensor) -> float:
-    """Return by how much R at the inputs moves, as a share of its largest entry, when every value moves by about 1e-13.
+def stability(net: Net, rules: Rules, inputs: Sequence[Tensor], seed: Tensor, size: float = 1e-13) -> float:
+    """Return by how much R at the inputs moves, as a share of its largest entry, when every value moves by about `size` of itself.
 
     Relevance is a ratio, and where a denominator happens to be nearly zero its sign, hence the map, hangs on rounding: no two correct
     programs agree there. The same holds for a tie in max pooling between values that are equal only up to rounding. A test draws
@@ -253,7 +253,11 @@ def stability(net: Net, rules: Rules, inputs: Sequence[Tensor], seed: Tensor) ->
     worst = 0.0
     for number in range(2):
         generator = torch.Generator().manual_seed(number)
-        moved = explain(net, rules, inputs, seed, noise=generator)
+
+        def noise(t: Tensor, generator: torch.Generator = generator) -> Tensor:
+            return t * (1 + size * torch.randn(t.shape, generator=generator, dtype=t.dtype))
+
+        moved = explain(net, rules, inputs, seed, noise)
         worst = max(worst, *(distance(a, b) for a, b in zip(moved.relevance, base.relevance, strict=True)))
     return worst
 
