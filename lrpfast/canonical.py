@@ -373,7 +373,32 @@ def _reshaping(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx
     return builder.call(aten.reshape.default, args[0], [builder.size(target, d) for d in range(rank(target))])
 
 
-@_handles("transpose", "t", "swapaxes", "movedim", "mT", "numpy_T", "adjoint")
+@_handles("movedim", "moveaxis")
+def _movedim(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    dims = rank(args[0])
+    moved, places = ([normalise_dim(d, dims) for d in as_list(a, 1)] for a in args[1:3])
+    rest = iter([d for d in range(dims) if d not in moved])
+    order = [moved[places.index(d)] if d in places else next(rest) for d in range(dims)]
+    return builder.call(aten.permute.default, args[0], order)
+
+
+@_handles("narrow")
+def _narrow(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    x, dim, start, length = args
+    start = normalise_dim(start, value(x).shape[dim])
+    return builder.call(aten.slice.Tensor, x, dim, start, start + length)
+
+
+@_handles("neg", "rsub")
+def _negation(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    """``-x`` is a product with a constant, ``c - x`` a sum with that."""
+    if operation_name(node) == "neg":
+        return builder.call(aten.mul.Tensor, args[0], -1.0)
+    negated = builder.call(aten.mul.Tensor, args[0], -argument(node, 2, "alpha", 1))
+    return builder.call(aten.add.Tensor, negated, args[1])
+
+
+@_handles("transpose", "t", "swapaxes", "mT", "numpy_T", "adjoint")
 def _transpose(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
     dims = rank(args[0])
     order = list(range(dims))

@@ -125,8 +125,8 @@ def dense_dgrad(s: Tensor, weight: Tensor) -> Tensor:
 
     For a batch of 2 to 16 in float32 the weight is read once, at the memory's speed; the rest is left to torch.
     """
-    small = extension is not None and s.shape[0] in SMALL_BATCH and s.dtype == weight.dtype == torch.float32
-    if not (small and s.is_cpu and weight.is_cpu and weight.is_contiguous()):
+    small = s.shape[0] in SMALL_BATCH and s.dtype == weight.dtype == torch.float32
+    if extension is None or not (small and s.is_cpu and weight.is_cpu and weight.is_contiguous()):
         return torch.matmul(s, weight)
     s = s.contiguous()
     out = s.new_empty((s.shape[0], weight.shape[1]))

@@ -61,7 +61,7 @@ def _sum(walk: Walk, node: fx.Node, message: Message, rule: Rule | None) -> None
 
 @propagates("mul")
 def _product(walk: Walk, node: fx.Node, message: Message, rule: Rule | None) -> None:
-    """A constant passes all on; a gate takes nothing; two signals share alike."""
+    """A constant passes all on; a gate takes nothing; of ``y = ab`` each signal gets ``½ y R / S(y)``."""
     if isinstance(rule, Gradient):
         vector_jacobian_product(walk, node, message)
         return
@@ -70,13 +70,14 @@ def _product(walk: Walk, node: fx.Node, message: Message, rule: Rule | None) -> 
     signals = [n for n in live if not _is_gate(n)]
     if len(live) == 2 and len(signals) == 1:
         walk.notes[node] = "signal takes all"
-        _hand_on(walk, node, signals[0], message, 1.0)
+        _hand_on(walk, node, signals[0], message)
     elif len(live) == 2:
         walk.notes[node] = "two signals: half each"
+        half = walk.call(aten.mul.Tensor, walk.output_ratio(message, node, Norm().stabilizer), 0.5)
         for operand in (a, b):
-            _hand_on(walk, node, operand, message, 0.5)
+            _hand_on(walk, node, operand, Message((half,), node))
     else:
-        _hand_on(walk, node, live[0], message, 1.0)
+        _hand_on(walk, node, live[0], message)
 
 
 def _is_gate(node: fx.Node) -> bool:
@@ -86,14 +87,12 @@ def _is_gate(node: fx.Node) -> bool:
     return node.op == "call_function" and operation_name(node) in _GATES
 
 
-def _hand_on(walk: Walk, node: fx.Node, operand: fx.Node, message: Message, share: float) -> None:
-    if share == 1 and same_shape(operand, node):
+def _hand_on(walk: Walk, node: fx.Node, operand: fx.Node, message: Message) -> None:
+    """Send a message at a product to one of its factors; where that was broadcast, summed over the copies."""
+    if same_shape(operand, node):
         walk.send(operand, message)
-        return
-    relevance = walk.relevance(message)
-    if share != 1:
-        relevance = walk.call(aten.mul.Tensor, relevance, share)
-    walk.send(operand, Message((walk.sum_to(relevance, operand),)))
+    else:
+        walk.send(operand, Message((walk.sum_to(walk.relevance(message), operand),)))
 
 
 @propagates("div")
@@ -106,11 +105,11 @@ def _quotient(walk: Walk, node: fx.Node, message: Message, rule: Rule | None) ->
     if node.kwargs.get("rounding_mode") is not None:
         raise UnsupportedOperationError(f"{describe(node)} rounds its quotient; there is no rule for that")
     if not (isinstance(divisor, fx.Node) and divisor in walk.reached):
-        _hand_on(walk, node, signal, message, 1.0)
+        _hand_on(walk, node, signal, message)
         return
     if not (isinstance(signal, fx.Node) and signal in walk.reached):
         raise UnsupportedOperationError(
             f"{describe(node)} divides a constant by a value of the input; there is no rule for that"
         )
     ratio = walk.output_ratio(message, node, Norm().stabilizer)
-    _hand_on(walk, node, signal, Message((ratio,), node), 1.0)
+    _hand_on(walk, node, signal, Message((ratio,), node))
