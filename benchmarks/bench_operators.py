@@ -1,8 +1,9 @@
 """The fused operators beside their references and beside a copy: `python -m pytest benchmarks/bench_operators.py`.
 
-Each operator reads and writes every element once, so what memory allows bounds it. The yardstick is `copy`, torch's own copy of one
-tensor of that size (one read, one write): `ratio` touches four tensors where a copy touches two, so twice a copy's time is what an
-operator that does nothing but move its operands would take. Each operator is also run in small, where the call itself is what costs.
+Each operator reads and writes every element once, so what memory allows bounds it. The yardstick is `copy`, torch's own
+copy of one tensor of that size (one read, one write): `ratio` touches four tensors where a copy touches two, so twice a
+copy's time is what an operator that does nothing but move its operands would take. Each operator is also run in small,
+where the call itself is what costs.
 """
 
 from collections.abc import Callable

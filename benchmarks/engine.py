@@ -1,9 +1,10 @@
 """How long an explanation takes, in forward passes: `python -m benchmarks.engine`.
 
-Rows are models with a composite, columns are alternatives that explain the same batch: lrpfast with its pure-torch and with its
-automatic backend, in float32 and in bfloat16, zennit, torch's plain input gradient, and the convolutions of the cheapest exact schedule
-with nothing between them. The unit is the user's own model in eval mode, eager, channels last, without gradients. All run in this one
-process, interleaved round by round; medians count. Peak memory is measured in processes of their own.
+Rows are models with a composite, columns are alternatives that explain the same batch: lrpfast with its pure-torch and
+with its automatic backend, in float32 and in bfloat16, zennit, torch's plain input gradient, and the convolutions of the
+cheapest exact schedule with nothing between them. The unit is the user's own model in eval mode, eager, channels last,
+without gradients. All run in this one process, interleaved round by round; medians count. Peak memory is measured in
+processes of their own.
 
     python -m benchmarks.engine                             the whole table, and benchmarks/results/engine.json
     python -m benchmarks.engine --rows vgg16 --repeats 15   the rows whose name contains vgg16
@@ -145,7 +146,9 @@ def table(results: list[dict[str, Any]], *, markdown: bool) -> str:
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         return "\n".join([lines[0], "| --- |" + " ---: |" * (len(HEADER) - 1), *lines[1:]])
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def note(report: dict[str, Any]) -> str:
@@ -192,7 +195,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.engine", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = ", ".join(row.name for row in ROWS)
-    parser.add_argument("--rows", nargs="+", metavar="PART", help=f"rows whose name contains one of these; there are {names}")
+    parser.add_argument(
+        "--rows", nargs="+", metavar="PART", help=f"rows whose name contains one of these; there are {names}"
+    )
     parser.add_argument("--columns", nargs="+", choices=list(COLUMNS), help="columns beside forward; default: all")
     parser.add_argument("--repeats", type=int, default=9, help="counted rounds (default 9)")
     parser.add_argument("--threads", type=int, default=2)
@@ -201,7 +206,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--markdown", action="store_true", help="print a markdown table")
     parser.add_argument("--json", type=Path, default=RESULTS, help=f"where results are written (default {RESULTS})")
     parser.add_argument("--from-json", type=Path, help="print the table of an earlier run; measure nothing")
-    parser.add_argument("--profile", metavar="ROW", help="print where one row's explanation spends its time, and nothing else")
+    parser.add_argument(
+        "--profile", metavar="ROW", help="print where one row's explanation spends its time, and nothing else"
+    )
     parser.add_argument("--backend", default="auto", help="the backend of --profile (default auto)")
     chosen = parser.parse_args(argv)
     chosen.matching = [row for row in ROWS if any(part in row.name for part in chosen.rows or [""])]

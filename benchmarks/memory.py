@@ -3,13 +3,15 @@
     python -m benchmarks.memory MODEL BATCH THREADS gradient
     python -m benchmarks.memory MODEL BATCH THREADS lrpfast COMPOSITE BACKEND
 
-Each run is a process of its own and prints its peak resident memory in bytes: everything counts, the imports, the weights, and for
-lrpfast the capture and the prepared weights too. The values play no role, so the networks have fresh random weights.
+Each run is a process of its own and prints its peak resident memory in bytes: everything counts, the imports, the
+weights, and for lrpfast the capture and the prepared weights too. The values play no role, so the networks have fresh
+random weights.
 
-The kernel's `ru_maxrss` of a process started by a large one begins at the peak of its *parent* (exec keeps the maximum), so the peak
-is read from `VmHWM`, which belongs to the process image; `ru_maxrss` serves where there is no /proc.
+The kernel's `ru_maxrss` of a process started by a large one begins at the peak of its *parent* (exec keeps the maximum),
+so the peak is read from `VmHWM`, which belongs to the process image; `ru_maxrss` serves where there is no /proc.
 """
 
+import importlib
 import json
 import resource
 import subprocess
@@ -39,11 +41,10 @@ def _main(arguments: list[str]) -> None:
 
     from tests import torchvision_shim  # noqa: F401  (makes torchvision importable)
 
-    import torchvision
-
     name, batch, threads, what = arguments[0], int(arguments[1]), int(arguments[2]), arguments[3]
     torch.set_num_threads(threads)
-    model = torchvision.models.get_model(name, weights=None).eval().to(memory_format=torch.channels_last)
+    models = importlib.import_module("torchvision.models")
+    model = models.get_model(name, weights=None).eval().to(memory_format=torch.channels_last)
     inputs = torch.randn(batch, 3, 224, 224).to(memory_format=torch.channels_last)
     targets = torch.arange(batch)
     if what == "gradient":

@@ -88,9 +88,7 @@ def zennit(work: Workload, name: str) -> Callable[[], object]:
     return call
 
 
-def lrpfast(
-    work: Workload, name: str, *, backend: str, precision: str | None = None
-) -> Callable[[], object]:
+def lrpfast(work: Workload, name: str, *, backend: str, precision: str | None = None) -> Callable[[], object]:
     """An explainer, built for the inputs."""
     import lrpfast as package
 
@@ -104,8 +102,8 @@ def lrpfast(
     return call
 
 
-# Convolutions a layer in the cheapest exact schedule of each composite: (forward, input gradient) where the output is used by a ReLU
-# alone, and where it is signed. The first layer is counted like the others: it is a small part.
+# Convolutions a layer in the cheapest exact schedule of each composite: (forward, input gradient) where the output is used
+# by a ReLU alone, and where it is signed. The first layer is counted like the others: it is a small part.
 SCHEDULES = {
     "epsilon_plus_flat": ((2, 1), (2, 1)),
     "epsilon_gamma_box": ((2, 1), (2, 2)),

@@ -389,6 +389,19 @@ def _narrow(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.No
     return builder.call(aten.slice.Tensor, x, dim, start, start + length)
 
 
+@_handles("repeat_interleave")
+def _repeat_interleave(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    """By a number along a dimension: a selection of each index that many times."""
+    x, repeats = args[:2]
+    dim = argument(node, 2, "dim")
+    size = value(x).shape[dim] if isinstance(dim, int) else None
+    if not (isinstance(repeats, int) and isinstance(size, int)):
+        return builder.call(node.target, *args, **kwargs)
+    make = functools.partial(torch.repeat_interleave, torch.arange(size), repeats)
+    index = builder.derived(("repeat_interleave", size, repeats), make, "repeat_index")
+    return builder.call(aten.index_select.default, x, normalise_dim(dim, rank(x)), index)
+
+
 @_handles("neg", "rsub")
 def _negation(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
     """``-x`` is a product with a constant, ``c - x`` a sum with that."""

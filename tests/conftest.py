@@ -10,16 +10,23 @@ import torch
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 # Each example compiles a network, which takes a good part of a second: no deadline, few examples. The draws are the same in every run,
-# so that a failure is a failure of the change at hand; LRPFAST_HYPOTHESIS=explore looks further.
+# so that a failure is a failure of the change at hand, and it is shown as found. LRPFAST_HYPOTHESIS=explore looks further, and shrinks.
 hypothesis.settings.register_profile(
     "fixed",
-    max_examples=25,
+    max_examples=10,
     derandomize=True,
+    phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
     deadline=None,
     database=None,
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
-hypothesis.settings.register_profile("explore", parent=hypothesis.settings.get_profile("fixed"), max_examples=300, derandomize=False)
+hypothesis.settings.register_profile(
+    "explore",
+    parent=hypothesis.settings.get_profile("fixed"),
+    max_examples=300,
+    derandomize=False,
+    phases=tuple(hypothesis.Phase),
+)
 hypothesis.settings.load_profile(os.environ.get("LRPFAST_HYPOTHESIS", "fixed"))
 
 

@@ -9,7 +9,6 @@ Everything is seeded and leaves the global random state alone, so that a test's 
 
 import copy
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -44,7 +43,9 @@ FAMILIES: dict[str, int] = {
 _QUICK_INITIALISATION = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights": False}}
 
 
-def images(count: int, size: int | tuple[int, int], *, channels: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def images(
+    count: int, size: int | tuple[int, int], *, channels: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Random pictures of zero mean and unit deviation: coarse blobs and fine grain, [count, channels, height, width]."""
     height, width = (size, size) if isinstance(size, int) else size
     generator = torch.Generator().manual_seed(seed)
@@ -163,20 +164,3 @@ def bias_free(model: nn.Module) -> nn.Module:
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
                 module.running_mean.zero_()
     return model
-
-
-def count_calls(model: nn.Module, kinds: tuple[type[nn.Module], ...], call: Callable[[], object]) -> int:
-    """How many times modules of `kinds` run during `call()`."""
-    calls = 0
-
-    def count(module: nn.Module, args: object, output: object) -> None:
-        nonlocal calls
-        calls += 1
-
-    handles = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, kinds)]
-    try:
-        call()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls

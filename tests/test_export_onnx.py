@@ -22,9 +22,7 @@ COMPOSITES = ("epsilon_plus_flat", "epsilon_gamma_box", "epsilon_alpha2_beta1_fl
 
 def export(model: nn.Module, inputs: torch.Tensor, composite: str, path: Path, **options: object) -> lrpfast.Explainer:
     bounds = {"low": -4.0, "high": 4.0} if lrpfast.composites.needs_range(composite) else {}
-    explainer = lrpfast.Explainer(
-        model, inputs, composite=lrpfast.composites.get(composite, **bounds), **options
-    )
+    explainer = lrpfast.Explainer(model, inputs, composite=lrpfast.composites.get(composite, **bounds), **options)
     explainer.export_onnx(path)
     return explainer
 
@@ -70,12 +68,15 @@ def check_file(path: Path) -> None:
 
 
 class Branches(nn.Module):
-    """Convolution and ReLU, then each branch on what they give (or on a crop of it) and a ReLU, then a dense layer on everything.
+    """Convolution and ReLU, then each branch on what they give (or a crop of it) and a ReLU, then a dense layer on all.
 
-    An export takes seconds, so many layers share one: a branch that went wrong would put the map off by far more than the tolerance.
+    An export takes seconds, so many layers share one: a branch that went wrong would put the map off by far more than the
+    tolerance.
     """
 
-    def __init__(self, branches: list[tuple[nn.Module, tuple[int, int] | None]], size: tuple[int, int], channels: int) -> None:
+    def __init__(
+        self, branches: list[tuple[nn.Module, tuple[int, int] | None]], size: tuple[int, int], channels: int
+    ) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1), nn.ReLU())
         self.branches = nn.ModuleList(branch for branch, _ in branches)
@@ -102,8 +103,14 @@ def network(*layers: nn.Module, size: int | tuple[int, int], crops: tuple = (Non
     return with_statistics(Branches(branches, size, channels), [images(8, size, channels=channels, seed=1)])
 
 
-@pytest.mark.parametrize("composite", COMPOSITES)
-@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("stride", "composite"),
+    [
+        pytest.param(stride, composite, marks=[] if stride == 1 + index else pytest.mark.slow)
+        for stride in (1, 2, 3)
+        for index, composite in enumerate(COMPOSITES)
+    ],
+)
 def test_convolutions(stride: int, composite: str, tmp_path: Path) -> None:
     """Stride x dilation x groups, each on features of an odd and of an even height and width."""
     convolutions = [
@@ -117,7 +124,13 @@ def test_convolutions(stride: int, composite: str, tmp_path: Path) -> None:
     check(explainer, tmp_path / "program.onnx", [inputs, inputs[:1]], 5)
 
 
-@pytest.mark.parametrize("composite", [name for name in lrpfast.composites.names()])
+@pytest.mark.parametrize(
+    "composite",
+    [
+        pytest.param(name, marks=[] if name in ("overview", "excitation_backprop", "beta_smooth") else pytest.mark.slow)
+        for name in lrpfast.composites.names()
+    ],
+)
 def test_composites(composite: str, tmp_path: Path) -> None:
     model = network(nn.Conv2d(8, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), size=11)
     inputs = images(3, 11, channels=4, seed=2)

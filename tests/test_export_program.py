@@ -1,4 +1,4 @@
-"""The joint program outside of the explainer: called as a graph, compiled by torch, saved, and loaded where the model is unknown."""
+"""The joint program outside of the explainer: called as a graph, compiled, saved, and loaded where no model is known."""
 
 import json
 import os
@@ -22,7 +22,9 @@ class SmallNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2))
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)
+        )
         self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
         self.down = nn.Conv2d(8, 16, 3, stride=2, groups=4)
         self.gate = nn.Conv2d(16, 16, 1)
@@ -44,7 +46,10 @@ def small_net() -> nn.Module:
 
 INPUTS = images(3, 17, seed=2)
 LOW, HIGH = -4.0, 4.0
-COMPOSITES = ["epsilon_plus_flat", "epsilon_gamma_box", "epsilon_alpha2_beta1_flat", "excitation_backprop", "guided_backprop", "overview"]  # fmt: skip
+COMPOSITES = (
+    "epsilon_plus_flat", "epsilon_gamma_box", "epsilon_alpha2_beta1_flat", "excitation_backprop", "guided_backprop",
+    "overview",
+)  # fmt: skip
 
 
 def explainer_of(composite: str, model: nn.Module | None = None, **options: object) -> lrpfast.Explainer:
@@ -100,7 +105,9 @@ def test_program_takes_any_batch(batch: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("composite", ["epsilon_plus_flat", "epsilon_gamma_box", "epsilon_alpha2_beta1_flat", "guided_backprop"])
+@pytest.mark.parametrize(
+    "composite", ["epsilon_plus_flat", "epsilon_gamma_box", "epsilon_alpha2_beta1_flat", "guided_backprop"]
+)
 def test_program_compiles_as_one_graph(composite: str) -> None:
     torch.compiler.reset()
     program = explainer_of(composite).program
@@ -108,9 +115,7 @@ def test_program_compiles_as_one_graph(composite: str) -> None:
     with torch.no_grad():
         for batch in (3, 5, 2):  # the second size makes the batch dynamic
             inputs = images(batch, 17, seed=4)
-            for result, expected in zip(
-                compiled(inputs, targets(batch)), program(inputs, targets(batch)), strict=True
-            ):
+            for result, expected in zip(compiled(inputs, targets(batch)), program(inputs, targets(batch)), strict=True):
                 close(result, expected)
 
 
@@ -138,11 +143,10 @@ def explained_elsewhere(explainer: lrpfast.Explainer, folder: Path, batches: lis
     torch.save(saved, folder / "expected.pt")
     (folder / "reader.py").write_text(READER)
     command = [sys.executable, str(folder / "reader.py"), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return torch.load(folder / "results.pt")
-
-
 
 
 @pytest.mark.parametrize("composite", ["epsilon_plus_flat", "epsilon_gamma_box", "excitation_backprop"])

@@ -1,8 +1,8 @@
 """Every family of torchvision's convolutional classifiers, from AlexNet to ConvNeXt, and a few of timm's.
 
-Each family is held against an independent implementation of RULES.md (`tests/oracles/autograd_lrp.py`: eager, relevance form, no
-capture, no proofs) in float64, for three composites here and for all of them in the slow tests; against torch's own gradient; and,
-where theory gives a number, against theory.
+Each family is held against an independent implementation of RULES.md (`tests/oracles/autograd_lrp.py`: eager, relevance
+form, no capture, no proofs) in float64; against torch's own gradient; and, where theory gives a number, against theory.
+Capturing a deep network takes seconds, so here each family takes one composite, in turn, and the slow tests take the rest.
 """
 
 import copy
@@ -17,10 +17,14 @@ from lrpfast import rules
 from tests.networks import FAMILIES, bias_free, images, torchvision_network, value_range
 from tests.oracles.autograd_lrp import autograd_relevance, hardsigmoid, methods
 
-QUICK = ("epsilon_plus_flat", "epsilon_gamma_box", "excitation_backprop")
+# the overview composite picks its rules by the place of a layer; tests/test_zennit_parity.py and others have zennit's nine
+COMPOSITES = tuple(name for name in lrpfast.composites.names() if name != "overview")
 GRADIENT = lrpfast.Composite([("any", rules.Gradient())], name="gradient")
 # ReLU networks whose batch norms all fold: what LRP-0 says of them is known
-RECTIFIER = ("alexnet", "vgg11_bn", "resnet18", "googlenet", "inception_v3", "squeezenet1_1", "shufflenet_v2_x1_0", "mnasnet1_0", "regnet_x_400mf")  # fmt: skip
+RECTIFIER = (
+    "alexnet", "vgg11_bn", "resnet18", "googlenet", "inception_v3", "squeezenet1_1", "shufflenet_v2_x1_0", "mnasnet1_0",
+    "regnet_x_400mf",
+)  # fmt: skip
 TIMM = ("resnet10t", "repvgg_a0", "ghostnet_100", "mixnet_s", "convnextv2_atto")
 
 
@@ -81,16 +85,23 @@ def check_against_oracle(family: str, composite: str) -> None:
     assert distance(explanation.relevance, relevance) < 1e-8
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("composite", QUICK)
+def in_turn() -> list[object]:
+    """All pairs of family and composite; of each family all but one are slow."""
+    pairs = []
+    for index, family in enumerate(FAMILIES):
+        for place, composite in enumerate(COMPOSITES):
+            slow = place != index % len(COMPOSITES)
+            pairs.append(pytest.param(family, composite, marks=[pytest.mark.slow] if slow else []))
+    return pairs
+
+
+def some(quick: tuple[str, ...], *others: str) -> list[object]:
+    """`quick`, and `others` as slow."""
+    return [*quick, *(pytest.param(name, marks=pytest.mark.slow) for name in others if name not in quick)]
+
+
+@pytest.mark.parametrize(("family", "composite"), in_turn())
 def test_relevance_is_that_of_the_independent_implementation(family: str, composite: str) -> None:
-    check_against_oracle(family, composite)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("composite", [name for name in lrpfast.composites.names() if name not in (*QUICK, "overview")])
-def test_every_composite_is_that_of_the_independent_implementation(family: str, composite: str) -> None:
     check_against_oracle(family, composite)
 
 
@@ -102,7 +113,7 @@ def test_the_overview_composite_runs(family: str) -> None:
     assert explanation.relevance.abs().max() > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some(("squeezenet1_1", "resnet18", "mobilenet_v3_small"), *FAMILIES))
 def test_gradient_everywhere_is_torchs_gradient(family: str) -> None:
     chosen = case(family)
     x = chosen.inputs.clone().requires_grad_()
@@ -112,7 +123,7 @@ def test_gradient_everywhere_is_torchs_gradient(family: str) -> None:
     assert distance(chosen.explain(GRADIENT).relevance, reference) < 1e-9
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some(("squeezenet1_1", "resnet18", "mobilenet_v3_small"), *FAMILIES))
 def test_float32_module_and_both_backends_agree(family: str) -> None:
     """The user's way in: a module in float32, compiled for the example, with the automatic backend and the reference one."""
     chosen = case(family)
@@ -127,7 +138,7 @@ def test_float32_module_and_both_backends_agree(family: str) -> None:
         assert distance(explanation.relevance.double(), exact.relevance) < 2e-3
 
 
-@pytest.mark.parametrize("family", RECTIFIER)
+@pytest.mark.parametrize("family", some(("squeezenet1_1", "resnet18"), *RECTIFIER))
 def test_zero_on_a_bias_free_rectifier_network_is_gradient_times_input(family: str) -> None:
     model = bias_free(torchvision_network(family, dtype=torch.float64))
     inputs = case(family).inputs
@@ -144,7 +155,7 @@ def test_zero_on_a_bias_free_rectifier_network_is_gradient_times_input(family: s
     torch.testing.assert_close(explanation.conservation(), torch.ones(2, dtype=torch.float64), rtol=1e-7, atol=0)
 
 
-@pytest.mark.parametrize("family", [*RECTIFIER, "densenet121"])
+@pytest.mark.parametrize("family", some(("squeezenet1_1", "resnet18"), *RECTIFIER, "densenet121"))
 @pytest.mark.parametrize("composite", ["alpha1_beta0", "w_square"])
 def test_relevance_is_conserved_where_nothing_absorbs_it(family: str, composite: str) -> None:
     """Without biases, z⁺, w² and the sharing in sums lose what the stabiliser takes and nothing else."""
@@ -155,7 +166,7 @@ def test_relevance_is_conserved_where_nothing_absorbs_it(family: str, composite:
     torch.testing.assert_close(explanation.conservation(), torch.ones(2, dtype=torch.float64), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("name", some(("resnet10t",), *TIMM))
 def test_timm_networks(name: str) -> None:
     timm = pytest.importorskip("timm")
     from tests.networks import with_statistics

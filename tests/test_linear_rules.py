@@ -103,6 +103,7 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "avg-exclude-pad": lambda v: F.avg_pool2d(v, 3, stride=2, padding=1, count_include_pad=False),
     "avg-ceil": lambda v: F.avg_pool2d(v, 2, ceil_mode=True),
     "avg-ceil-pad": lambda v: F.avg_pool2d(v, (3, 2), stride=(2, 2), padding=(1, 0), ceil_mode=True, count_include_pad=False),
+    "avg-ceil-include-pad": lambda v: F.avg_pool2d(v, 3, stride=2, padding=1, ceil_mode=True),
     "avg-divisor": lambda v: F.avg_pool2d(v, 2, divisor_override=3),
     "avg-1d": lambda v: F.avg_pool1d(v.flatten(2), 3, stride=2, padding=1),
     "avg-3d": lambda v: F.avg_pool3d(v[:, None], 2, padding=1),
@@ -118,6 +119,10 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "nearest-down": lambda v: F.interpolate(v, size=(3, 4), mode="nearest"),
     "bilinear": lambda v: F.interpolate(v, size=(8, 9), mode="bilinear", align_corners=False),
     "bilinear-corners": lambda v: F.interpolate(v, size=(8, 5), mode="bilinear", align_corners=True),
+    "bicubic": lambda v: F.interpolate(v, size=(7, 4), mode="bicubic", align_corners=False),
+    "area": lambda v: F.interpolate(v, size=(3, 4), mode="area"),
+    "nearest-exact": lambda v: F.interpolate(v, size=(8, 5), mode="nearest-exact"),
+    "trilinear": lambda v: F.interpolate(v[:, None], size=(3, 4, 5), mode="trilinear"),
     "linear-1d": lambda v: F.interpolate(v.flatten(2), size=20, mode="linear"),
 }
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -12,7 +10,6 @@ from hypothesis import strategies as st
 import lrpfast
 from tests.oracles.agree import assert_agrees, make_seed, to_composite
 from tests.oracles.network import distance, explain, one_hot_seed, stability
-from tests.oracles.specs import EPSILON, FLAT, GAMMA, ZPLUS
 from tests.oracles.strategies import Drawn, networks
 
 # Beyond this a map hangs on rounding (see `stability`): noise of 1e-13 in the values is amplified ten thousandfold.
@@ -28,11 +25,11 @@ def test_any_network_under_any_composite(drawn: Drawn, logit: bool):
     assert_agrees(drawn.net, drawn.rules, [drawn.x], seed)
 
 
-@settings(max_examples=15)
-@given(drawn=networks(), rule=st.sampled_from((EPSILON, ZPLUS, GAMMA, FLAT)))
-def test_targets_of_any_network(drawn: Drawn, rule):
-    """One rule by kind; the arg max, an int, one target a sample and K targets a sample, from one explainer."""
-    rules = {"conv": rule, "linear": EPSILON}
+@settings(max_examples=6)
+@given(drawn=networks())
+def test_targets_of_any_network(drawn: Drawn):
+    """The arg max, an int, one target a sample and K targets a sample, from one explainer."""
+    rules = drawn.rules
     with torch.no_grad():
         output = drawn.net(drawn.x)
     batch = len(output)
@@ -54,7 +51,7 @@ def test_targets_of_any_network(drawn: Drawn, rule):
     assert torch.equal(with_int, explainer(drawn.x, target=torch.full((batch,), 3)).relevance)
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(drawn=networks())
 def test_a_map_depends_on_its_sample_alone(drawn: Drawn):
     explainer = lrpfast.Explainer(drawn.net, drawn.x, composite=to_composite(drawn.net, drawn.rules))
@@ -78,13 +75,13 @@ def test_a_map_depends_on_its_sample_alone(drawn: Drawn):
 @given(drawn=networks())
 def test_float32_is_as_exact_as_its_digits(backend: str, drawn: Drawn):
     """The fastest operators run in float32 alone; noise of 1e-6 stands for its rounding, summed up over a layer."""
-    with torch.no_grad():
-        seed = one_hot_seed(drawn.net(drawn.x), 1, "one")
-    moves = stability(drawn.net, drawn.rules, [drawn.x], seed, size=1e-6)
-    assume(moves < 1e-3)
-    expected = explain(drawn.net, drawn.rules, [drawn.x], seed).relevance[0]
-    single = copy.deepcopy(drawn.net).float()
-    explainer = lrpfast.Explainer(single, drawn.x.float(), to_composite(drawn.net, drawn.rules), backend=backend)
-    found = explainer(drawn.x.float(), target=1, seed="one").relevance
+    net, x = drawn.net.float(), drawn.x.float()
+    explainer = lrpfast.Explainer(net, x, to_composite(net, drawn.rules), backend=backend)
+    found = explainer(x, target=1, seed="one").relevance
     assert found.dtype is torch.float32
-    assert distance(found, expected) <= moves + 1e-6
+    net, x = net.double(), x.double()  # the same numbers, for the oracle
+    with torch.no_grad():
+        seed = one_hot_seed(net(x), 1, "one")
+    moves = stability(net, drawn.rules, [x], seed, size=1e-6)
+    assume(moves < 1e-3)
+    assert distance(found, explain(net, drawn.rules, [x], seed).relevance[0]) <= moves + 1e-6

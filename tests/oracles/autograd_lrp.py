@@ -1,13 +1,13 @@
 """LRP of a whole network as a modified autograd, written from RULES.md alone: the oracle of the model families.
 
-The model runs as it is, eagerly, inside a `TorchFunctionMode` that replaces each torch function by one whose backward pass carries
-relevance: what autograd calls the gradient of a value *is* the relevance of that value, so relevances of branches add up by
-themselves, and reshapes, slices, concatenations and max pools need nothing (the transpose of a routing is its gradient). No graph is
-captured, nothing is proved about signs, every rule is the general formula, and there is one message form: everything that lrpfast
-does otherwise.
+The model runs as it is, eagerly, inside a `TorchFunctionMode` that replaces each torch function by one whose backward pass
+carries relevance: what autograd calls the gradient of a value *is* the relevance of that value, so relevances of branches
+add up by themselves, and reshapes, slices, concatenations and max pools need nothing (the transpose of a routing is its
+gradient). No graph is captured, nothing is proved about signs, every rule is the general formula, and there is one message
+form: everything that lrpfast does otherwise.
 
-The batch norm after a convolution or dense layer is folded when it is met: the layer's output remembers how it was made, and the
-normalised value is computed from the layer's input with folded weights.
+The batch norm after a convolution or dense layer is folded when it is met: the layer's output remembers how it was made,
+and the normalised value is computed from the layer's input with folded weights.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Layer:
         return vjp(lambda at: self.linear(at, weight), x, s)
 
 
-# -- the rules of section 2, each the general formula ---------------------------------------------------------------------------------
+# ---- The rules of section 2, each the general formula ----------------------------------------------------------------
 
 
 def gradient(layer: Layer, x: Tensor, r: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def flat(layer: Layer, x: Tensor, r: Tensor) -> Tensor:
     return layer.transposed(ones, x, r / stabilise(layer.linear(torch.ones_like(x), ones)))
 
 
-# -- the rules of section 3 and the modified gradients --------------------------------------------------------------------------------
+# ---- The rules of section 3 and the modified gradients ---------------------------------------------------------------
 
 
 def guided(x: Tensor, g: Tensor) -> Tensor:
@@ -195,17 +195,18 @@ def _carry(value: Tensor, backward: Callable[[Tensor], tuple[Tensor, ...]], *xs:
     return _Carry.apply(value.detach(), backward, *xs)
 
 
-_ACTIVATIONS = frozenset(
-    "relu relu_ relu6 hardtanh hardtanh_ leaky_relu leaky_relu_ silu silu_ gelu hardswish hardswish_ tanh tanh_ elu elu_ mish".split()
-)
-_GATES = frozenset("sigmoid sigmoid_ hardsigmoid hardsigmoid_".split())
-_SUMS = frozenset("add __add__ __radd__ add_ __iadd__".split())
-_PRODUCTS = frozenset("mul __mul__ __rmul__ mul_ __imul__".split())
-_AVERAGES = frozenset("mean adaptive_avg_pool2d avg_pool2d".split())
-_ROUTES = frozenset(
-    "max_pool2d flatten reshape view permute transpose contiguous cat chunk split pad dropout dropout_ __getitem__ squeeze "
-    "unsqueeze clone detach narrow size dim numel".split()
-)
+_ACTIVATIONS = {
+    "relu", "relu_", "relu6", "hardtanh", "hardtanh_", "leaky_relu", "leaky_relu_", "silu", "silu_", "gelu", "hardswish",
+    "hardswish_", "tanh", "tanh_", "elu", "elu_", "mish",
+}  # fmt: skip
+_GATES = {"sigmoid", "sigmoid_", "hardsigmoid", "hardsigmoid_"}
+_SUMS = {"add", "__add__", "__radd__", "add_", "__iadd__"}
+_PRODUCTS = {"mul", "__mul__", "__rmul__", "mul_", "__imul__"}
+_AVERAGES = {"mean", "adaptive_avg_pool2d", "avg_pool2d"}
+_ROUTES = {
+    "max_pool2d", "flatten", "reshape", "view", "permute", "transpose", "contiguous", "cat", "chunk", "split", "pad",
+    "dropout", "dropout_", "__getitem__", "squeeze", "unsqueeze", "clone", "detach", "narrow", "size", "dim", "numel",
+}  # fmt: skip
 
 
 class RelevanceMode(TorchFunctionMode):
@@ -215,7 +216,8 @@ class RelevanceMode(TorchFunctionMode):
         super().__init__()
         self.method = method
         self.layers = 0
-        self.sources: dict[int, tuple[Tensor, Tensor, Layer]] = {}  # id of a layer's output -> (that output, input, layer)
+        # id of a layer's output -> (that output, so that the id stays taken, the layer's input, the layer)
+        self.sources: dict[int, tuple[Tensor, Tensor, Layer]] = {}
 
     def __torch_function__(self, func: Any, types: Iterable[type], args: tuple = (), kwargs: dict | None = None) -> Any:
         name, kwargs = func.__name__, dict(kwargs or {})

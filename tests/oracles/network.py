@@ -64,7 +64,9 @@ class Net(nn.Module):
             return self._append("layer", (x,), lambda v: self.layers[name](v), name, layer=name)
         norm = f"{name}_bn"
         self.layers[norm] = batch_norm
-        return self._append("layer", (x,), lambda v: self.layers[norm](self.layers[name](v)), name, layer=name, batch_norm=norm)
+        return self._append(
+            "layer", (x,), lambda v: self.layers[norm](self.layers[name](v)), name, layer=name, batch_norm=norm
+        )
 
     def module(self, kind: str, name: str, module: nn.Module, x: int) -> int:
         """Append a module without a rule of section 2: an activation, a pool, a norm."""
@@ -208,9 +210,7 @@ class Result:
 Rules = Mapping[str, Spec]
 
 
-def explain(
-    net: Net, rules: Rules, inputs: Sequence[Tensor], seed: Tensor, noise: Function | None = None
-) -> Result:
+def explain(net: Net, rules: Rules, inputs: Sequence[Tensor], seed: Tensor, noise: Function | None = None) -> Result:
     """Return the relevance of every node for R = `seed` at the output.
 
     rules maps a layer name or an operation kind to a rule; a name counts before a kind, and "any" (for Gradient) stands for the rest.

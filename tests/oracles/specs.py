@@ -18,7 +18,9 @@ class Spec:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        shown = ",".join(f"{key}={value if isinstance(value, int | float) else '…'}" for key, value in self.options.items())
+        shown = ",".join(
+            f"{key}={value if isinstance(value, int | float) else '…'}" for key, value in self.options.items()
+        )
         return f"{self.name}({shown})"
 
 

@@ -17,7 +17,19 @@ from torch import Tensor, nn
 from .network import Net
 from .specs import ALPHA1_BETA0, ALPHA2_BETA1, EPSILON, FLAT, GAMMA, GRADIENT, WSQUARE, ZBOX, ZERO, ZPLUS, Spec
 
-RULES = (EPSILON, ZPLUS, GAMMA, ALPHA2_BETA1, FLAT, ZERO, WSQUARE, ALPHA1_BETA0, ZBOX, GRADIENT, Spec("Epsilon", {"epsilon": 0.1}))
+RULES = (
+    EPSILON,
+    ZPLUS,
+    GAMMA,
+    ALPHA2_BETA1,
+    FLAT,
+    ZERO,
+    WSQUARE,
+    ALPHA1_BETA0,
+    ZBOX,
+    GRADIENT,
+    Spec("Epsilon", {"epsilon": 0.1}),
+)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "leaky_relu": lambda v: F.leaky_relu(v, 0.1),
