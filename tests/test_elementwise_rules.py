@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from tests.oracles.agree import TOPS, Parallel
 from tests.oracles.network import Net
-from torch import Tensor, nn
 
 SHAPE = (2, 4, 5)
 
@@ -149,7 +150,12 @@ def test_quotient_of_two_signals_holds_the_divisor_constant():
 def test_silu_written_as_a_product_passes():
     branches = Parallel()
     for top in TOPS:
-        branches.add("x * sigmoid(x)", SHAPE, lambda net, h, p: net.op("gate", lambda s, g: s * g, h, net.op("pass", torch.sigmoid, h)), top)
+        branches.add(
+            "x * sigmoid(x)",
+            SHAPE,
+            lambda net, h, p: net.op("gate", lambda s, g: s * g, h, net.op("pass", torch.sigmoid, h)),
+            top,
+        )
     branches.check()
 
 
@@ -178,7 +184,9 @@ def test_product_of_two_signals_gives_half_to_each():
 def test_matrix_product_of_two_activations_gives_half_to_each():
     def bilinear(net: Net, h: int, prefix: str) -> int:
         a = net.op("route", lambda v: v.flatten(2), net.layer(f"{prefix}a", nn.Conv2d(2, 3, 1), h))
-        b = net.op("route", lambda v: v.flatten(2).transpose(1, 2), net.relu(net.layer(f"{prefix}b", nn.Conv2d(2, 3, 1), h)))
+        b = net.op(
+            "route", lambda v: v.flatten(2).transpose(1, 2), net.relu(net.layer(f"{prefix}b", nn.Conv2d(2, 3, 1), h))
+        )
         return net.op("matmul", torch.matmul, a, b)
 
     branches = Parallel()

@@ -209,8 +209,15 @@ def test_recorded_layers_are_outputs(tmp_path: Path) -> None:
     assert len(session_of(tmp_path / "program.onnx").get_outputs()) == 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("composite", COMPOSITES)
+@pytest.mark.parametrize(
+    "composite",
+    [
+        pytest.param(
+            c, marks=pytest.mark.slow if c in ("epsilon_plus_flat", "epsilon_gamma_box") else pytest.mark.exhaustive
+        )
+        for c in COMPOSITES
+    ],
+)
 @pytest.mark.parametrize("name", ["resnet18", "vgg11_bn"])
 def test_networks(name: str, composite: str, tmp_path: Path) -> None:
     inputs = images(2, 64, seed=7)

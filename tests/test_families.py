@@ -2,7 +2,7 @@
 
 Each family is held against an independent implementation of RULES.md (`tests/oracles/autograd_lrp.py`: eager, relevance
 form, no capture, no proofs) in float64; against torch's own gradient; and, where theory gives a number, against theory.
-Capturing a deep network takes seconds, so here each family takes one composite, in turn, and the slow tests take the rest.
+Capturing a deep network takes seconds, so here each family takes one composite, in turn; `make test ARGS="-m exhaustive"` takes the rest.
 """
 
 import copy
@@ -86,18 +86,19 @@ def check_against_oracle(family: str, composite: str) -> None:
 
 
 def in_turn() -> list[object]:
-    """All pairs of family and composite; of each family all but one are slow."""
+    """All pairs of family and composite; of each family one is run, the rest on request."""
     pairs = []
     for index, family in enumerate(FAMILIES):
         for place, composite in enumerate(COMPOSITES):
-            slow = place != index % len(COMPOSITES)
-            pairs.append(pytest.param(family, composite, marks=[pytest.mark.slow] if slow else []))
+            rest = place != index % len(COMPOSITES)
+            mark = pytest.mark.exhaustive if rest else pytest.mark.slow
+            pairs.append(pytest.param(family, composite, marks=[mark]))
     return pairs
 
 
 def some(quick: tuple[str, ...], *others: str) -> list[object]:
-    """`quick`, and `others` as slow."""
-    return [*quick, *(pytest.param(name, marks=pytest.mark.slow) for name in others if name not in quick)]
+    """`quick`, and `others` on request."""
+    return [*quick, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in others if name not in quick)]
 
 
 @pytest.mark.parametrize(("family", "composite"), in_turn())
@@ -105,7 +106,7 @@ def test_relevance_is_that_of_the_independent_implementation(family: str, compos
     check_against_oracle(family, composite)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_overview_composite_runs(family: str) -> None:
     explanation = case(family).explain(case(family).composite("overview"))

@@ -240,7 +240,9 @@ def test_chunks_that_all_go_somewhere():
     u, v, w = (net.op("route", lambda t, k=k: t[:, 2 * k : 2 * k + 2], a) for k in range(3))
     total = net.add(net.layer("b", modules["b"], net.relu(u)), v)
     gated = net.op("gate", torch.mul, v, net.op("pass", torch.sigmoid, w))
-    assert_same_map(Model(modules, run), finish(net, net.op("route", lambda *t: torch.cat(t, 1), total, gated), modules), X)
+    assert_same_map(
+        Model(modules, run), finish(net, net.op("route", lambda *t: torch.cat(t, 1), total, gated), modules), X
+    )
 
 
 def test_part_of_a_value_goes_unused():
@@ -333,7 +335,10 @@ def test_other_sizes_of_the_input():
     model = model.double().eval()
     explainer = lrpfast.Explainer(model, composite="epsilon_plus")
     torch.manual_seed(2)
-    inputs = [torch.randn(n, 2, *size, dtype=torch.float64) for n, size in ((1, (5, 5)), (2, (6, 4)), (3, (9, 3)), (1, (5, 5)))]
+    inputs = [
+        torch.randn(n, 2, *size, dtype=torch.float64)
+        for n, size in ((1, (5, 5)), (2, (6, 4)), (3, (9, 3)), (1, (5, 5)))
+    ]
     for x in inputs * 2:
         alone = lrpfast.explain(model, x, composite="epsilon_plus")
         assert torch.equal(explainer(x).relevance, alone.relevance)

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.oracles.agree import TOPS, Parallel
-from tests.oracles.network import Net, distance, vjp
 from torch import Tensor, nn
 
 import lrpfast
+from tests.oracles.agree import TOPS, Parallel
+from tests.oracles.network import Net, distance, vjp
 
 SHAPE = (2, 5, 7)
 CONSTANT = torch.randn(2, 1, 1, dtype=torch.float64)
@@ -102,7 +102,9 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "avg-overlap": lambda v: F.avg_pool2d(v, 3, stride=2, padding=1),
     "avg-exclude-pad": lambda v: F.avg_pool2d(v, 3, stride=2, padding=1, count_include_pad=False),
     "avg-ceil": lambda v: F.avg_pool2d(v, 2, ceil_mode=True),
-    "avg-ceil-pad": lambda v: F.avg_pool2d(v, (3, 2), stride=(2, 2), padding=(1, 0), ceil_mode=True, count_include_pad=False),
+    "avg-ceil-pad": lambda v: F.avg_pool2d(
+        v, (3, 2), stride=(2, 2), padding=(1, 0), ceil_mode=True, count_include_pad=False
+    ),
     "avg-ceil-include-pad": lambda v: F.avg_pool2d(v, 3, stride=2, padding=1, ceil_mode=True),
     "avg-divisor": lambda v: F.avg_pool2d(v, 2, divisor_override=3),
     "avg-1d": lambda v: F.avg_pool1d(v.flatten(2), 3, stride=2, padding=1),

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
+
+import lrpfast
 from tests.oracles.agree import TOPS, Parallel, assert_agrees, make_seed
 from tests.oracles.jacobian import layer_relevance
 from tests.oracles.network import Net, distance
 from tests.oracles.specs import EPSILON, LAYER_RULES, ZPLUS, Spec, everywhere, to_rule
-from torch import nn
-
-import lrpfast
 
 SHAPE = (2, 4, 5)
 
@@ -33,7 +33,11 @@ FOLDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[i
     "conv2d-no-bias": (lambda: nn.Conv2d(2, 3, 3, bias=False), lambda: nn.BatchNorm2d(3, eps=1e-3), SHAPE),
     "conv2d-not-affine": (lambda: nn.Conv2d(2, 3, 3), lambda: nn.BatchNorm2d(3, affine=False), SHAPE),
     "conv2d-groups": (lambda: nn.Conv2d(2, 4, 3, groups=2, stride=2), lambda: nn.BatchNorm2d(4), SHAPE),
-    "conv2d-circular": (lambda: nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), lambda: nn.BatchNorm2d(2), SHAPE),
+    "conv2d-circular": (
+        lambda: nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"),
+        lambda: nn.BatchNorm2d(2),
+        SHAPE,
+    ),
     "conv1d": (lambda: nn.Conv1d(2, 3, 3), lambda: nn.BatchNorm1d(3), (2, 6)),
     "conv3d": (lambda: nn.Conv3d(1, 2, 2), lambda: nn.BatchNorm3d(2), (1, 3, 3, 3)),
     "linear": (lambda: nn.Linear(5, 4), lambda: nn.BatchNorm1d(4), (5,)),
@@ -68,7 +72,9 @@ def test_batch_norm_is_folded_through_dropout():
 
 
 def after_a_pool(net: Net, h: int, prefix: str) -> int:
-    h = net.op("max_pool", lambda v: nn.functional.max_pool2d(v, 2), net.layer(f"{prefix}a", nn.Conv2d(2, 3, 3, padding=1), h))
+    h = net.op(
+        "max_pool", lambda v: nn.functional.max_pool2d(v, 2), net.layer(f"{prefix}a", nn.Conv2d(2, 3, 3, padding=1), h)
+    )
     return net.module("batch_norm", f"{prefix}bn", with_statistics(nn.BatchNorm2d(3)), h)
 
 

@@ -5,10 +5,11 @@ An oracle that is wrong in the same way as the library would hide it, so these t
 
 import pytest
 import torch
+from torch import nn
+
 from tests.oracles.jacobian import DenseLayer, fold, layer_relevance, negative, positive
 from tests.oracles.network import Net, distance, explain, one_hot_seed, stability
 from tests.oracles.specs import EPSILON, FLAT, GAMMA, GRADIENT, WSQUARE, ZERO, ZPLUS, Spec, everywhere
-from torch import nn
 
 
 def tiny_linear(weight: list[list[float]], bias: list[float] | None = None) -> nn.Linear:
@@ -127,7 +128,9 @@ def relu_network(bias: bool) -> Net:
     net = Net()
     x = net.input()
     h = net.relu(net.layer("a", nn.Conv2d(2, 4, 3, padding=1, bias=bias), x))
-    h = net.op("norm", lambda v: nn.functional.avg_pool2d(v, 2), net.relu(net.layer("b", nn.Conv2d(4, 4, 3, bias=bias), h)))
+    h = net.op(
+        "norm", lambda v: nn.functional.avg_pool2d(v, 2), net.relu(net.layer("b", nn.Conv2d(4, 4, 3, bias=bias), h))
+    )
     net.layer("c", nn.Linear(16, 3, bias=bias), net.op("route", lambda v: v.flatten(1), h))
     return net.double()
 

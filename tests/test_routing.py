@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from tests.oracles.agree import TOPS, Parallel
 from tests.oracles.network import Net
-from torch import Tensor, nn
 
 SHAPE = (4, 4, 6)
 INDEX = torch.tensor([3, 0, 0, 2])

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+import lrpfast
 from tests.oracles.agree import Parallel, assert_agrees, make_seed
 from tests.oracles.jacobian import layer_relevance
 from tests.oracles.network import Net, distance
 from tests.oracles.specs import ALPHA2_BETA1, EPSILON, FLAT, GAMMA, LAYER_RULES, PASS, ZBOX, ZERO, ZPLUS, Spec, to_rule
-from torch import Tensor, nn
-
-import lrpfast
 
 # said by the user's own model when it runs
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -77,10 +77,16 @@ CASES = [
     Case("convtranspose1d-groups", conv(T1, 4, 6, 3, groups=2, stride=2, dilation=2), (4, 4)),
     Case("convtranspose2d", conv(T2, 2, 3, 3, stride=2, padding=1, output_padding=1), (2, 3, 3)),
     Case("convtranspose2d-gaps", conv(T2, 2, 2, 2, stride=3), (2, 3, 2)),
-    Case("convtranspose2d-uneven", conv(T2, 2, 3, (3, 2), stride=(1, 2), padding=(2, 0), output_padding=(0, 1)), (2, 4, 3)),
+    Case(
+        "convtranspose2d-uneven",
+        conv(T2, 2, 3, (3, 2), stride=(1, 2), padding=(2, 0), output_padding=(0, 1)),
+        (2, 4, 3),
+    ),
     Case("convtranspose2d-depthwise", conv(T2, 3, 3, 3, groups=3, padding=1, dilation=2), (3, 4, 4)),
     Case("convtranspose3d", conv(T3, 2, 2, 2, stride=2), (2, 2, 2, 2)),
-    Case("convtranspose3d-groups", conv(T3, 2, 4, (1, 2, 3), groups=2, stride=(1, 1, 2), padding=(0, 1, 1)), (2, 2, 3, 3)),
+    Case(
+        "convtranspose3d-groups", conv(T3, 2, 4, (1, 2, 3), groups=2, stride=(1, 1, 2), padding=(0, 1, 1)), (2, 2, 3, 3)
+    ),
 ]
 
 # What stands above a layer: nothing; a ReLU under a free seed; a ReLU and a dense layer with a rule of either kind.
@@ -99,7 +105,12 @@ class Branches(Parallel):
             h = net.layer(prefix, case.build(bias), net.relu(h) if relu_below else h)
             return h if tail is None else net.relu(h)
 
-        words = (str(rule), "x >= 0" if relu_below else "signed", "bias" if bias else "no bias", "relu above" if tail else "")
+        words = (
+            str(rule),
+            "x >= 0" if relu_below else "signed",
+            "bias" if bias else "no bias",
+            "relu above" if tail else "",
+        )
         self.add(" ".join(words), x, build, tail if isinstance(tail, Spec) else None)
 
     def make_exact(self) -> None:
@@ -188,7 +199,9 @@ def test_options_of_the_rules(below: bool):
 SQUARE = nn.Conv2d(3, 3, 3, padding=1).double()
 
 
-@pytest.mark.parametrize("form", ["number", "integer", "channel list", "channel tensor", "channel 1CHW", "pixel", "mixed"])
+@pytest.mark.parametrize(
+    "form", ["number", "integer", "channel list", "channel tensor", "channel 1CHW", "pixel", "mixed"]
+)
 def test_forms_of_the_box(form: str):
     x = torch.rand(2, 3, 4, 5, dtype=torch.float64) * 2 - 1
     low, high = torch.tensor([-1.0, -2.0, -1.5]).double(), torch.tensor([1.0, 1.5, 3.0]).double()
@@ -249,7 +262,9 @@ def test_worked_cases_of_the_rules_page():
         return lrpfast.Explainer(nn.Sequential(layer).eval(), x, composite=composite)(x, target=seed).relevance[0]
 
     double = {"dtype": torch.float64}
-    assert torch.allclose(run([1, -1], None, lrpfast.rules.Epsilon(1e-6), 1), torch.tensor([1e6, -1e6], **double), rtol=1e-9)
+    assert torch.allclose(
+        run([1, -1], None, lrpfast.rules.Epsilon(1e-6), 1), torch.tensor([1e6, -1e6], **double), rtol=1e-9
+    )
     assert torch.equal(run([1, -1], None, to_rule(ZERO), 1), torch.zeros(2, **double))
     one, two = lrpfast.rules.AlphaBeta(1.0, 0.0), lrpfast.rules.AlphaBeta(2.0, 1.0)
     assert torch.allclose(run([1, -1], -1, one, -1), torch.tensor([-1.0, 0.0], **double), atol=2e-6)

@@ -130,7 +130,9 @@ def dense_dgrad(s: Tensor, weight: Tensor) -> Tensor:
         return torch.matmul(s, weight)
     s = s.contiguous()
     out = s.new_empty((s.shape[0], weight.shape[1]))
-    extension.dense_dgrad(s.data_ptr(), weight.data_ptr(), out.data_ptr(), *s.shape, weight.shape[1], torch.get_num_threads())
+    extension.dense_dgrad(
+        s.data_ptr(), weight.data_ptr(), out.data_ptr(), *s.shape, weight.shape[1], torch.get_num_threads()
+    )
     return out
 
 
