@@ -107,7 +107,7 @@ def with_statistics(model: nn.Module, passes: list[torch.Tensor], *, seed: int =
     return model.eval()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)  # the largest take half a gigabyte
 def _network(name: str, size: int) -> nn.Module:
     import torchvision
 
