@@ -68,7 +68,7 @@ def digits() -> tuple[Tensor, Tensor]:
         scikit-learn, which holds the images, is not installed.
     """
     try:
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+        from sklearn.datasets import load_digits
     except ImportError as error:
         raise MissingDependencyError("the demo needs scikit-learn's digits: pip install scikit-learn") from error
     data = load_digits()
