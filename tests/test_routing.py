@@ -14,6 +14,7 @@ from tests.oracles.network import Net
 
 SHAPE = (4, 4, 6)
 INDEX = torch.tensor([3, 0, 0, 2])
+MASK = torch.rand(4, 6, generator=torch.Generator().manual_seed(3)) < 0.5
 
 
 def shuffle(v: Tensor) -> Tensor:
@@ -72,6 +73,10 @@ ROUTES: dict[str, Callable[[Tensor], Tensor]] = {
     "pixel_shuffle": lambda v: F.pixel_shuffle(v, 2),
     "pixel_unshuffle": lambda v: F.pixel_unshuffle(v, 2),
     "cat with itself": lambda v: torch.cat((v, v), 2),
+    "where": lambda v: torch.where(MASK, v, 0.0),
+    "where-own-values": lambda v: torch.where(v > 0.1, v, torch.tensor(-0.5, dtype=v.dtype)),
+    "masked_fill": lambda v: v.masked_fill(v < 0.2, 0.0),
+    "index-two": lambda v: v[:, INDEX, INDEX],
     "dropout": nn.Dropout(0.5).eval(),
     "dropout2d": nn.Dropout2d(0.5).eval(),
     "identity": nn.Identity(),
@@ -93,6 +98,17 @@ def test_relevance_is_routed_by_the_transpose(name: str):
     for top in TOPS:
         branches.add(f"{name} between layers", SHAPE, between_layers, top)
     branches.add(f"{name} of a value used twice", SHAPE, used_twice, TOPS[1])
+    branches.check()
+
+
+def test_choice_between_two_signals():
+    def choice(net: Net, h: int, prefix: str) -> int:
+        a, b = (net.layer(f"{prefix}{name}", nn.Conv2d(4, 4, 1), h) for name in "ab")
+        return net.op("route", lambda a, b: torch.where(MASK, a, b), a, b)
+
+    branches = Parallel()
+    for top in TOPS:
+        branches.add("where", SHAPE, choice, top)
     branches.check()
 
 

@@ -139,6 +139,9 @@ def _generate(
             lines.append(f"{indent}del {', '.join(dead)}")
     if not forward_done:
         lines.append(f"{indent}{inputs[-1].name} = yield {render(results[0])}")
+        if repeated:  # nothing depends on the target: an output without classes
+            lines.append(f"{indent}while True:")
+            indent = "        "
     relevances = ", ".join(render(r) for r in results[1:])
     lines.append(f"{indent}{inputs[-1].name} = yield ({relevances},)")
     return "\n".join(lines) + "\n", names
