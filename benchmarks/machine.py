@@ -5,11 +5,13 @@ import os
 import platform
 from pathlib import Path
 
+import lrpfast
+
 
 def describe(threads: int) -> dict[str, object]:
     """Processor, cores, threads used, load before the start, versions of what takes part."""
-    versions = {}
-    for name in ("lrpfast", "torch", "torchvision", "zennit"):
+    versions = {"lrpfast": lrpfast.__version__}
+    for name in ("torch", "torchvision", "zennit"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
