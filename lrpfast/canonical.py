@@ -285,6 +285,32 @@ def _scale_outputs(weight: torch.Tensor, scale: torch.Tensor, transposed: bool, 
     return scaled.reshape(weight.shape)
 
 
+# --- joins ------------------------------------------------------------------------------------------------------------
+
+
+@_handles("cat", "concat", "concatenate")
+def _cat(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    """A join whose first operands were joined before continues that one.
+
+    In a DenseNet every layer joins all that came before it; relevance then flows back along a chain, not along a number of
+    slices that grows with the square of the depth.
+    """
+    parts, dim = list(args[0]), normalise_dim(argument(node, 1, "dim", 0), rank(node))
+    while (begun := _joined_before(parts, dim)) is not None:
+        parts = [begun, *parts[len(begun.args[0]) :]]
+    return parts[0] if len(parts) == 1 else builder.call(aten.cat.default, parts, dim)
+
+
+def _joined_before(parts: list[fx.Node], dim: int) -> fx.Node | None:
+    """A join of some of the first parts, but not of all."""
+    for user in parts[0].users:
+        if user.target is aten.cat.default and user.args[1] == dim:
+            count = len(user.args[0])
+            if 1 < count < len(parts) and list(user.args[0]) == parts[:count]:
+                return user
+    return None
+
+
 # --- pooling ----------------------------------------------------------------------------------------------------------
 
 
@@ -446,7 +472,7 @@ def _split(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 def _stack(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
     dim = normalise_dim(args[1] if len(args) > 1 else kwargs.get("dim", 0), rank(node))
     parts = [builder.call(aten.unsqueeze.default, x, dim) for x in args[0]]
-    return builder.call(aten.cat.default, parts, dim)
+    return parts[0] if len(parts) == 1 else builder.call(aten.cat.default, parts, dim)
 
 
 @_handles("pad")

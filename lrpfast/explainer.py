@@ -45,7 +45,7 @@ class Compiled:
     backend: str
     fingerprint: tuple
     _joints: dict[Seed, Joint] = dataclasses.field(default_factory=dict)
-    _executors: dict[tuple[Seed, bool], Executor] = dataclasses.field(default_factory=dict)
+    _executors: dict[tuple[Seed, bool, int], Executor] = dataclasses.field(default_factory=dict)
 
     @property
     def default_seed(self) -> Seed:
@@ -56,10 +56,11 @@ class Compiled:
             self._joints[seed] = transform(self.program, self.rules, seed, self.record)
         return self._joints[seed]
 
-    def executor(self, seed: Seed, repeated: bool) -> Executor:
-        key = (seed, repeated)
+    def executor(self, seed: Seed, repeated: bool, batch: int) -> Executor:
+        """The executor for a batch: of one, where oneDNN wants some weights laid out otherwise, or of several."""
+        key = (seed, repeated, 1 if batch == 1 else 8)
         if key not in self._executors:
-            self._executors[key] = Executor(self.joint(seed), self.backend, repeated)
+            self._executors[key] = Executor(self.joint(seed), self.backend, *key[1:])
         return self._executors[key]
 
 
@@ -121,7 +122,7 @@ class Explainer:
             inputs = checks.as_inputs(example_inputs)
             checks.check_inputs(inputs, self._parameters(), finite=False)
             compiled = self._compile(inputs)
-            compiled.executor(compiled.default_seed, False)
+            compiled.executor(compiled.default_seed, False, inputs[0].shape[0])
 
     def __call__(
         self,
@@ -158,7 +159,7 @@ class Explainer:
             checks.refuse_classes(compiled.program.outputs[0].meta["val"].shape)
         several = isinstance(target, torch.Tensor) and target.dim() == 2 and not is_relevance
         with self._lock:
-            executor = compiled.executor(kind, several)
+            executor = compiled.executor(kind, several, tensors[0].shape[0])
         with torch.no_grad():
             return _run(compiled, executor, tensors, target, kind)
 
@@ -167,7 +168,7 @@ class Explainer:
         compiled = self._need_compiled("plan")
         with self._lock:
             seed = compiled.default_seed
-            return make_plan(compiled.joint(seed), compiled.executor(seed, False), self._composite.name)
+            return make_plan(compiled.joint(seed), compiled.executor(seed, False, 8), self._composite.name)
 
     @property
     def program(self) -> fx.GraphModule:
@@ -191,7 +192,10 @@ class Explainer:
         compiled = self._compile(tensors)
         times: dict[fx.Node, list[float]] = {}
         executor = Executor(
-            compiled.joint(Seed.LOGIT), self._backend, timer=lambda node, note, s: times.setdefault(node, []).append(s)
+            compiled.joint(Seed.LOGIT),
+            self._backend,
+            batch=tensors[0].shape[0],
+            timer=lambda node, note, s: times.setdefault(node, []).append(s),
         )
         target = torch.full((tensors[0].shape[0],), -1, dtype=torch.int64, device=tensors[0].device)
         for _ in range(repeats):

@@ -259,6 +259,29 @@ def test_part_of_a_value_goes_unused():
     assert_same_map(Model(modules, run), finish(net, net.relu(net.layer("a", modules["a"], first)), modules), X)
 
 
+def test_joins_that_continue_one_another():
+    """As in a DenseNet: each layer reads all values before it. One join grows, and one slice a value leads back."""
+    modules: dict[str, nn.Module] = {f"l{i}": nn.Conv2d(2 + 2 * i, 2, 3, padding=1) for i in range(4)}
+    modules["head"] = nn.Linear(250, 3)
+
+    def run(m: Model, x: Tensor) -> Tensor:
+        features = [x]
+        for i in range(4):
+            features.append(getattr(m, f"l{i}")(torch.cat(features, 1).relu()))
+        return m.head(torch.cat([*features[:2], *features[2:]], 1).flatten(1))
+
+    net = Net()
+    features = [net.input()]
+    for i in range(4):
+        joined = net.op("route", lambda *t: torch.cat(t, 1), *features)
+        features.append(net.layer(f"l{i}", modules[f"l{i}"], net.relu(joined)))
+    net = finish(net, net.op("route", lambda *t: torch.cat(t, 1), *features), modules)
+    model = Model(modules, run)
+    assert_same_map(model, net, X)
+    program = lrpfast.Explainer(model, X).program
+    assert sum("slice" in str(n.target) for n in program.graph.nodes) == 8  # two a join; with all joins apart, 14
+
+
 def test_an_input_that_only_gates():
     modules = parts("a")
     net = Net()

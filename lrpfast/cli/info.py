@@ -13,6 +13,7 @@ import torch
 
 import lrpfast
 from lrpfast import backends, composites
+from lrpfast.runtime.memory import keep_freed_memory
 
 # What each optional package is for; the names are those of the module and of what pip installs.
 _OPTIONAL = (
@@ -33,6 +34,7 @@ def run() -> None:
     for title, lines in (
         ("devices", _devices()),
         ("backends", str(backends.report()).splitlines()),
+        ("memory", [keep_freed_memory()]),
         ("composites", [", ".join(composites.names())]),
         ("optional packages", _packages()),
     ):

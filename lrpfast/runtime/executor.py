@@ -19,6 +19,7 @@ from torch import fx
 
 from lrpfast.relevance import Joint
 from lrpfast.runtime.lower import Lowering, Step
+from lrpfast.runtime.memory import keep_freed_memory
 
 Run = Generator[Any, Any, None]
 
@@ -34,6 +35,8 @@ class Executor:
         "native": the compiled operators; "torch": the pure-torch references.
     repeated
         Whether the part that depends on the target is to run several times.
+    batch
+        The batch that weights are laid out for; any other runs as well.
     timer
         Called with (node, note, seconds) after every step, for profiles.
     """
@@ -43,6 +46,7 @@ class Executor:
         joint: Joint,
         backend: str,
         repeated: bool = False,
+        batch: int = 8,
         timer: Callable[[fx.Node, str, float], None] | None = None,
     ) -> None:
         graph = joint.program.graph
@@ -62,7 +66,9 @@ class Executor:
         keep = set(self._results)
         if repeated:
             keep |= _used_by(segments["seeded"]) - set(segments["seeded"])
-        lowering = Lowering(joint.program, ordered, keep, backend)
+        if all(i.meta["val"].device.type == "cpu" for i in self._inputs):
+            keep_freed_memory()
+        lowering = Lowering(joint.program, ordered, keep, backend, batch)
         steps = lowering.steps()
         self.steps = steps
         self._source, self._names = _generate(

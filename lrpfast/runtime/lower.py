@@ -76,8 +76,9 @@ class Liveness:
 class Lowering:
     """Lowers the nodes of one program for one backend."""
 
-    def __init__(self, program: Program, nodes: list[fx.Node], keep: set[fx.Node], backend: str) -> None:
+    def __init__(self, program: Program, nodes: list[fx.Node], keep: set[fx.Node], backend: str, batch: int) -> None:
         self.program = program
+        self._batch = batch
         self.nodes = nodes
         self.liveness = Liveness(nodes, keep)
         self.keep = keep
@@ -167,7 +168,7 @@ class Lowering:
         padding: list[int], dilation: list[int], groups: int,
     ) -> torch.Tensor:  # fmt: skip
         """A weight in the layout that oneDNN chooses for the layer; torch would reorder it at every call."""
-        size = [_BATCH_HINT, *(int(n) for n in value(x).shape[1:])]
+        size = [self._batch, *(int(n) for n in value(x).shape[1:])]
         kind = f"{arrange.__name__} {size} {stride} {padding} {dilation}"
         return self._prepare(
             weight,
@@ -299,10 +300,6 @@ def _into_pair(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*operands, out=out)
 
     return run
-
-
-# Packed weights serve every batch size; the layout is chosen for this one.
-_BATCH_HINT = 8
 
 
 def _one_dnn(node: fx.Node) -> bool:
