@@ -3,11 +3,13 @@
 
 #include "channel_sum_cpu.h"
 #include "dense_cpu.h"
+#include "elementwise_cpu.h"
 #include "pair_cpu.h"
+#include "pool_cpu.h"
 #include "ratio_cpu.h"
 
 namespace lrpfast {
 
-const Kernels LRPFAST_VARIANT = {ratio, pair, dense_dgrad, channel_sum};
+const Kernels LRPFAST_VARIANT = {ratio, pair, select_by_sign, add_relu, dense_dgrad, channel_sum, max_pool, pool_dgrad};
 
 }  // namespace lrpfast

@@ -49,6 +49,19 @@ inline const float* load(const Operand& operand, std::int64_t offset, std::int64
   return buffer;
 }
 
+// Writes a block in the dtype of the result.
+inline void store(void* target, DType dtype, std::int64_t at, const float* values, std::int64_t count) {
+  if (dtype == DType::kFloat32) {
+    std::memcpy(static_cast<float*>(target) + at, values, static_cast<std::size_t>(count) * sizeof(float));
+    return;
+  }
+  std::uint16_t* narrowed = static_cast<std::uint16_t*>(target) + at;
+  LRPFAST_SIMD
+  for (std::int64_t i = 0; i < count; ++i) {
+    narrowed[i] = narrow(values[i]);
+  }
+}
+
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
 }  // namespace

@@ -2,7 +2,9 @@
 // they point to. The interpreter is let go while a kernel runs.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 
 #include "cpu_capability.h"
@@ -16,15 +18,22 @@ namespace py = pybind11;
 
 namespace {
 
+using lrpfast::AddReluArguments;
 using lrpfast::ChannelSumArguments;
 using lrpfast::DenseDgradArguments;
 using lrpfast::DType;
+using lrpfast::MaxPoolArguments;
 using lrpfast::Operand;
 using lrpfast::PairArguments;
+using lrpfast::PoolDgradArguments;
 using lrpfast::RatioArguments;
+using lrpfast::SelectArguments;
+using lrpfast::Window;
 
 // Below this many elements read a thread, waking another costs more than it saves.
 constexpr std::int64_t kGrain = 16384;
+// Elements that threads may be parted at: those of some cache lines.
+constexpr std::int64_t kUnit = 64;
 
 template <typename Function>
 Function as_function(std::uintptr_t address) {
@@ -57,7 +66,7 @@ void ratio(std::uintptr_t carrier, int carrier_dtype, bool carrier_broadcast, st
       ratio_arguments(carrier, carrier_dtype, carrier_broadcast, message_a, message_b, message_dtype, denominator,
                       denominator_dtype, denominator_broadcast, result, row_size, eps);
   lrpfast::parallel_for(
-      rows * row_size, kGrain, threads,
+      rows * row_size, kGrain, kUnit, threads,
       [](const void* context, std::int64_t begin, std::int64_t end) {
         lrpfast::kernels().ratio(*static_cast<const RatioArguments*>(context), begin, end);
       },
@@ -91,9 +100,32 @@ void pair(std::uintptr_t carrier, int carrier_dtype, std::uintptr_t message, int
                                    static_cast<float>(beta),
                                    static_cast<float>(eps)};
   lrpfast::parallel_for(
-      size, kGrain, threads,
+      size, kGrain, kUnit, threads,
       [](const void* context, std::int64_t begin, std::int64_t end) {
         lrpfast::kernels().pair(*static_cast<const PairArguments*>(context), begin, end);
+      },
+      &arguments);
+}
+
+void select_by_sign(std::uintptr_t x, int x_dtype, std::uintptr_t upper, std::uintptr_t lower, int dtype, std::uintptr_t result,
+            std::int64_t size, int threads) {
+  const SelectArguments arguments = {operand(x, x_dtype, false), operand(upper, dtype, false),
+                                     operand(lower, dtype, false), reinterpret_cast<void*>(result)};
+  lrpfast::parallel_for(
+      size, kGrain, kUnit, threads,
+      [](const void* context, std::int64_t begin, std::int64_t end) {
+        lrpfast::kernels().select_by_sign(*static_cast<const SelectArguments*>(context), begin, end);
+      },
+      &arguments);
+}
+
+void add_relu(std::uintptr_t a, std::uintptr_t b, int dtype, std::uintptr_t result, std::int64_t size, int threads) {
+  const AddReluArguments arguments = {operand(a, dtype, false), operand(b, dtype, false),
+                                      reinterpret_cast<void*>(result)};
+  lrpfast::parallel_for(
+      size, kGrain, kUnit, threads,
+      [](const void* context, std::int64_t begin, std::int64_t end) {
+        lrpfast::kernels().add_relu(*static_cast<const AddReluArguments*>(context), begin, end);
       },
       &arguments);
 }
@@ -104,7 +136,7 @@ void dense_dgrad(std::uintptr_t s, std::uintptr_t weight, std::uintptr_t result,
                                          reinterpret_cast<float*>(result), batch, outputs, inputs};
   const std::int64_t work = batch * outputs;  // a column
   lrpfast::parallel_for(
-      inputs, work < kGrain ? kGrain / (work > 0 ? work : 1) : 1, threads,
+      inputs, work < kGrain ? kGrain / (work > 0 ? work : 1) : 1, kUnit, threads,
       [](const void* context, std::int64_t begin, std::int64_t end) {
         lrpfast::kernels().dense_dgrad(*static_cast<const DenseDgradArguments*>(context), begin, end);
       },
@@ -124,9 +156,50 @@ void channel_sum(std::uintptr_t carrier, int carrier_dtype, bool carrier_broadca
   const std::int64_t width = channels / groups;
   const std::int64_t grain = kGrain / (width < kGrain ? width : kGrain);
   lrpfast::parallel_for(
-      rows * groups * positions, grain, threads,
+      rows * groups * positions, grain, kUnit, threads,
       [](const void* context, std::int64_t begin, std::int64_t end) {
         lrpfast::kernels().channel_sum(*static_cast<const ChannelSumArguments*>(context), begin, end);
+      },
+      &arguments);
+}
+
+using Pair = std::array<std::int64_t, 2>;
+
+Window window(Pair size, Pair out_size, Pair kernel, Pair stride, Pair padding, Pair dilation, std::int64_t channels) {
+  return {{size[0], size[1]},       {out_size[0], out_size[1]}, {kernel[0], kernel[1]}, {stride[0], stride[1]},
+          {padding[0], padding[1]}, {dilation[0], dilation[1]}, channels};
+}
+
+// Rows that are worth a thread.
+std::int64_t row_grain(std::int64_t row_size) { return row_size < kGrain ? kGrain / (row_size > 0 ? row_size : 1) : 1; }
+
+void max_pool(std::uintptr_t input, int dtype, std::uintptr_t result, std::uintptr_t winners, std::int64_t images,
+              Pair size, Pair out_size, Pair kernel, Pair stride, Pair padding, Pair dilation, std::int64_t channels,
+              int threads) {
+  const MaxPoolArguments arguments = {operand(input, dtype, false), reinterpret_cast<void*>(result),
+                                      reinterpret_cast<std::uint8_t*>(winners),
+                                      window(size, out_size, kernel, stride, padding, dilation, channels)};
+  lrpfast::parallel_for(
+      images * out_size[0], row_grain(out_size[1] * channels), 1, threads,
+      [](const void* context, std::int64_t begin, std::int64_t end) {
+        lrpfast::kernels().max_pool(*static_cast<const MaxPoolArguments*>(context), begin, end);
+      },
+      &arguments);
+}
+
+void pool_dgrad(std::uintptr_t message, int dtype, std::uintptr_t winners, std::uintptr_t result, std::int64_t images,
+                Pair size, Pair out_size, Pair kernel, Pair stride, Pair padding, Pair dilation, std::int64_t channels,
+                std::int64_t divisor, bool count_padding, int threads) {
+  const PoolDgradArguments arguments = {operand(message, dtype, false),
+                                        reinterpret_cast<const std::uint8_t*>(winners),
+                                        reinterpret_cast<void*>(result),
+                                        window(size, out_size, kernel, stride, padding, dilation, channels),
+                                        divisor,
+                                        count_padding};
+  lrpfast::parallel_for(
+      images * size[0], row_grain(size[1] * channels), 1, threads,
+      [](const void* context, std::int64_t begin, std::int64_t end) {
+        lrpfast::kernels().pool_dgrad(*static_cast<const PoolDgradArguments*>(context), begin, end);
       },
       &arguments);
 }
@@ -150,8 +223,12 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of lrpfast. Takes raw pointers: call it through lrpfast.ops.";
   m.def("ratio", &ratio, py::call_guard<py::gil_scoped_release>());
   m.def("pair", &pair, py::call_guard<py::gil_scoped_release>());
+  m.def("select_by_sign", &select_by_sign, py::call_guard<py::gil_scoped_release>());
+  m.def("add_relu", &add_relu, py::call_guard<py::gil_scoped_release>());
   m.def("dense_dgrad", &dense_dgrad, py::call_guard<py::gil_scoped_release>());
   m.def("channel_sum", &channel_sum, py::call_guard<py::gil_scoped_release>());
+  m.def("max_pool", &max_pool, py::call_guard<py::gil_scoped_release>());
+  m.def("pool_dgrad", &pool_dgrad, py::call_guard<py::gil_scoped_release>());
 #if LRPFAST_CUDA_BUILT
   m.def("cuda_ratio", &cuda_ratio, py::call_guard<py::gil_scoped_release>());
 #endif

@@ -41,6 +41,18 @@ struct PairArguments {
   float gamma_or_alpha, beta, eps;
 };
 
+// result = x >= 0 ? upper : lower. All operands share one dense layout; the result has the dtype of `upper`.
+struct SelectArguments {
+  Operand x, upper, lower;
+  void* result;
+};
+
+// result = max(a + b, 0): the end of a residual block. Both operands share one dense layout and dtype.
+struct AddReluArguments {
+  Operand a, b;
+  void* result;
+};
+
 // result[row, group, p] = sum over the group's channels of carrier * message.
 struct ChannelSumArguments {
   Operand carrier, message;
@@ -58,12 +70,44 @@ struct DenseDgradArguments {
   std::int64_t batch, outputs, inputs;
 };
 
-// One set of kernels an instruction set. Each computes the flat range [begin, end) of the result.
+// Pooling windows over channels-last images; arrays hold height, then width.
+struct Window {
+  std::int64_t size[2], out_size[2];  // of the input, of the result
+  std::int64_t kernel[2], stride[2], padding[2], dilation[2];
+  std::int64_t channels;
+};
+
+// result[n, y, x, c] = the maximum of a window; winners[n, y, x, c] = the number of the tap that it was found at.
+struct MaxPoolArguments {
+  Operand input;
+  void* result;
+  std::uint8_t* winners;
+  Window window;
+};
+
+// The way back: result[n, y, x, c] = the sum of what the windows that cover (y, x) send there. With `winners` a window sends
+// all to the winner, without it sends each place an equal share: 1 / divisor, or with 0 one over the number of its places, those
+// in the padding counted or not (torch.nn.AvgPool2d).
+struct PoolDgradArguments {
+  Operand message;
+  const std::uint8_t* winners;
+  void* result;
+  Window window;
+  std::int64_t divisor;
+  bool count_padding;
+};
+
+// One set of kernels an instruction set. Each computes the range [begin, end) of the result: elements, or rows of
+// images where it says so.
 struct Kernels {
   void (*ratio)(const RatioArguments&, std::int64_t begin, std::int64_t end);
   void (*pair)(const PairArguments&, std::int64_t begin, std::int64_t end);
+  void (*select_by_sign)(const SelectArguments&, std::int64_t begin, std::int64_t end);
+  void (*add_relu)(const AddReluArguments&, std::int64_t begin, std::int64_t end);
   void (*dense_dgrad)(const DenseDgradArguments&, std::int64_t begin, std::int64_t end);
   void (*channel_sum)(const ChannelSumArguments&, std::int64_t begin, std::int64_t end);
+  void (*max_pool)(const MaxPoolArguments&, std::int64_t begin, std::int64_t end);
+  void (*pool_dgrad)(const PoolDgradArguments&, std::int64_t begin, std::int64_t end);
 };
 
 extern const Kernels kernels_default;

@@ -68,13 +68,8 @@ void pair(const PairArguments& a, std::int64_t begin, std::int64_t end) {
                  static_cast<float*>(a.results[1]) + begin, count);
     } else {
       pair_block(a, carrier, message, first, second, buffer_u, buffer_l, count);
-      std::uint16_t* upper = static_cast<std::uint16_t*>(a.results[0]) + begin;
-      std::uint16_t* lower = static_cast<std::uint16_t*>(a.results[1]) + begin;
-      LRPFAST_SIMD
-      for (std::int64_t i = 0; i < count; ++i) {
-        upper[i] = narrow(buffer_u[i]);
-        lower[i] = narrow(buffer_l[i]);
-      }
+      store(a.results[0], a.result_dtype, begin, buffer_u, count);
+      store(a.results[1], a.result_dtype, begin, buffer_l, count);
     }
     begin += count;
   }

@@ -20,8 +20,8 @@ void bind_openmp(const OpenMP& openmp);
 bool openmp_bound();
 
 // Calls body(context, begin, end) on disjoint ranges that cover [0, size), at most `threads` at a time. No range but the
-// last is smaller than `grain`, and each starts at a multiple of 64 elements, so that threads share no cache line.
-void parallel_for(std::int64_t size, std::int64_t grain, int threads,
+// last is smaller than `grain`, and each starts at a multiple of `unit`: 64 elements share no cache line with the next.
+void parallel_for(std::int64_t size, std::int64_t grain, std::int64_t unit, int threads,
                   void (*body)(const void* context, std::int64_t begin, std::int64_t end), const void* context);
 
 }  // namespace lrpfast

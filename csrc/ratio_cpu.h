@@ -52,11 +52,7 @@ void ratio(const RatioArguments& a, std::int64_t begin, std::int64_t end) {
     block(carrier, message_a, message_b, denominator, result, count, a.eps);
 
     if (narrow_result) {
-      std::uint16_t* target = static_cast<std::uint16_t*>(a.result) + begin;
-      LRPFAST_SIMD
-      for (std::int64_t i = 0; i < count; ++i) {
-        target[i] = narrow(buffer_r[i]);
-      }
+      store(a.result, a.result_dtype, begin, buffer_r, count);
     }
     begin += count;
   }

@@ -2,6 +2,8 @@
 
 from typing import TypedDict
 
+_Pair = list[int] | tuple[int, int]
+
 class BuildInfo(TypedDict):
     compiler: str
     version: str
@@ -76,7 +78,45 @@ def pair(
     threads: int,
     /,
 ) -> None: ...
+def select_by_sign(
+    x: int, x_dtype: int, upper: int, lower: int, dtype: int, result: int, size: int, threads: int, /
+) -> None: ...
+def add_relu(a: int, b: int, dtype: int, result: int, size: int, threads: int, /) -> None: ...
 def dense_dgrad(s: int, weight: int, result: int, batch: int, outputs: int, inputs: int, threads: int, /) -> None: ...
+def max_pool(
+    input: int,
+    dtype: int,
+    result: int,
+    winners: int,
+    images: int,
+    size: _Pair,
+    out_size: _Pair,
+    kernel: _Pair,
+    stride: _Pair,
+    padding: _Pair,
+    dilation: _Pair,
+    channels: int,
+    threads: int,
+    /,
+) -> None: ...
+def pool_dgrad(
+    message: int,
+    dtype: int,
+    winners: int,
+    result: int,
+    images: int,
+    size: _Pair,
+    out_size: _Pair,
+    kernel: _Pair,
+    stride: _Pair,
+    padding: _Pair,
+    dilation: _Pair,
+    channels: int,
+    divisor: int,
+    count_padding: bool,
+    threads: int,
+    /,
+) -> None: ...
 def build_info() -> BuildInfo: ...
 def cpu_capability() -> str: ...
 def limit_cpu_capability(limit: str | None) -> bool: ...

@@ -24,6 +24,7 @@ from torch import fx
 from lrpfast.errors import CaptureError
 from lrpfast.graph import (
     Builder,
+    Constants,
     Program,
     argument,
     as_list,
@@ -68,15 +69,18 @@ def canonicalise(program: Program, dtype: torch.dtype | None = None) -> Program:
         if node.op == "placeholder":
             env[node] = builder.placeholder(node.name, _cast_fake(program, value(node), dtype))
         elif node.op == "get_attr":
-            env[node] = builder.constant(_cast(program.constants[node.target], dtype), node.target)
+            env[node] = _constant(builder, program.constants, node.target, dtype)
         elif node.op == "output":
             builder.graph.output(env[node.args[0]])
         else:
             env[node] = _emit(builder, node, env, dtype)
-    result = Program(builder.graph, builder.constants, program.fake_mode)
-    result.graph.eliminate_dead_code()
-    _drop_unused_constants(result)
-    return result
+    return Program(builder.graph, builder.constants, program.fake_mode).drop_unused()
+
+
+def _constant(builder: Builder, constants: Constants, name: str, dtype: torch.dtype | None) -> fx.Node:
+    if _cast(constants[name], dtype) is constants[name]:
+        return builder.constant(constants[name], name)
+    return builder.derived(("cast", name), lambda: _cast(constants[name], dtype), name)
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -86,12 +90,6 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 def _cast_fake(program: Program, fake: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     with program.fake_mode:
         return _cast(fake, dtype)
-
-
-def _drop_unused_constants(program: Program) -> None:
-    used = {n.target for n in program.graph.nodes if n.op == "get_attr"}
-    for name in set(program.constants) - used:
-        del program.constants[name]
 
 
 def _emit(builder: Builder, node: fx.Node, env: dict[fx.Node, Any], dtype: torch.dtype | None) -> Any:
@@ -212,8 +210,8 @@ def _is_constant(node: Any) -> bool:
 
 
 def _transposed(builder: Builder, matrix: fx.Node) -> fx.Node:
-    source = builder.tensor(matrix)
-    return builder.derived(("t", matrix.target), lambda: source.t().contiguous(), f"{matrix.target}_t")
+    make = builder.constants.maker(matrix.target)
+    return builder.derived(("t", matrix.target), lambda: make().t().contiguous(), f"{matrix.target}_t")
 
 
 # --- batch norm -------------------------------------------------------------------------------------------------------
@@ -244,17 +242,22 @@ def _fold(builder: Builder, node: fx.Node, layer: fx.Node, statistics: list, eps
         return None
     if len(source.users) != 1 or not _is_constant(layer.args[1]) or "folded" in source.meta:
         return None
-    weight, bias = builder.tensor(layer.args[1]), layer.args[2]
+    weight, bias = layer.args[1:3]
     scale, shift = batch_norm_affine(statistics, eps)
-    old = torch.zeros_like(shift) if bias is None else builder.tensor(bias).double()
-    transposed = convolution and layer.args[6]
-    with torch.no_grad():
-        new_weight = _scale_outputs(weight.double(), scale, transposed, layer.args[8] if convolution else 1)
-        new_bias = old * scale + shift
+    transposed, groups = convolution and layer.args[6], layer.args[8] if convolution else 1
+
+    make = builder.constants.maker(weight.target)
+
+    def new_weight() -> torch.Tensor:
+        old = make()
+        return _scale_outputs(old.double(), scale, transposed, groups).to(old.dtype)
+
+    old_bias = torch.zeros_like(shift) if bias is None else builder.tensor(bias).double()
+    new_bias = (old_bias * scale + shift).to(builder.tensor(weight).dtype)
     path, builder.path = builder.path, layer.meta["path"]
     nodes = [
-        builder.constant(new_weight.to(weight.dtype), f"{layer.args[1].target}_folded"),
-        builder.constant(new_bias.to(weight.dtype), f"{layer.args[1].target}_folded_bias"),
+        builder.derived(("folded", node.name), new_weight, f"{weight.target}_folded"),
+        builder.constant(new_bias, f"{weight.target}_folded_bias"),
     ]
     folded = builder.call(layer.target, layer.args[0], *nodes, *layer.args[3:])
     builder.path = path

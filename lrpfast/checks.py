@@ -57,12 +57,12 @@ def check_inputs(inputs: tuple[torch.Tensor, ...], parameters: list[torch.Tensor
             check_finite(tensor, name)
 
 
-def check_finite(tensor: torch.Tensor, name: str) -> None:
-    """Raise a NumericsError where a tensor has NaN or infinity; the message says in which samples."""
+def check_finite(tensor: torch.Tensor, name: str, first: int = 0) -> None:
+    """Raise a NumericsError where a tensor has NaN or infinity; the message says in which samples, counted from `first`."""
     if bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all()):
         return
     bad = (~torch.isfinite(tensor)).flatten(1).any(1) if tensor.dim() > 1 else ~torch.isfinite(tensor)
-    samples = bad.nonzero().flatten().tolist()
+    samples = (bad.nonzero().flatten() + first).tolist()
     shown = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
     kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
     raise NumericsError(f"{name} holds {kind} in sample {shown} of the batch")
@@ -81,6 +81,27 @@ def refuse_classes(shape: Sequence[Any]) -> None:
         f"the model's output has the shape [N, {', '.join(map(str, shape[1:]))}], so a class does not name one value; give the "
         "relevance at the output as the target, a floating-point tensor of this shape"
     )
+
+
+def check_target(target: Any, batch: int, output: torch.Tensor) -> torch.Tensor | None:
+    """What is asked of a batch, before anything runs: None, class indices, or the relevance at the output.
+
+    `output` is the output for a batch of any size.
+
+    Raises
+    ------
+    TargetError
+        A wrong shape, dtype or value.
+    NumericsError
+        NaN or infinity.
+    """
+    if target is None:
+        return None
+    if isinstance(target, torch.Tensor) and target.is_floating_point():
+        _check_output_shape(target, (batch, *output.shape[1:]))
+        check_finite(target, "target")
+        return target
+    return class_indices(target, batch, output.shape[1] if output.dim() == 2 else 1)
 
 
 def resolve_target(target: int | Sequence[int] | torch.Tensor | None, output: torch.Tensor) -> torch.Tensor:
@@ -139,13 +160,17 @@ def check_output_relevance(target: torch.Tensor, output: torch.Tensor) -> torch.
     NumericsError
         NaN or infinity.
     """
-    if target.shape != output.shape:
-        raise TargetError(
-            f"target is a floating-point tensor of shape {list(target.shape)}: as the relevance at the output it must have "
-            f"the output's shape {list(output.shape)}"
-        )
+    _check_output_shape(target, output.shape)
     check_finite(target, "target")
     return target.detach().to(dtype=output.dtype, device=output.device)
+
+
+def _check_output_shape(target: torch.Tensor, shape: Sequence[int]) -> None:
+    if tuple(target.shape) != tuple(shape):
+        raise TargetError(
+            f"target is a floating-point tensor of shape {list(target.shape)}: as the relevance at the output it must have "
+            f"the output's shape {list(shape)}"
+        )
 
 
 def seed_relevance(output: torch.Tensor, target: torch.Tensor, seed: Seed) -> torch.Tensor:

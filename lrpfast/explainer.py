@@ -61,6 +61,8 @@ class Compiled:
         key = (seed, repeated, 1 if batch == 1 else 8)
         if key not in self._executors:
             self._executors[key] = Executor(self.joint(seed), self.backend, *key[1:])
+            for program in (self.joint(seed).program, self.program):
+                program.constants.let_go()
         return self._executors[key]
 
 
@@ -130,7 +132,7 @@ class Explainer:
         target: int | Sequence[int] | torch.Tensor | None = None,
         seed: str = "logit",
     ) -> Explanation:
-        """Explain a batch.
+        """Explain a batch; on a CPU in parts, where it is large, so that memory is bounded.
 
         Parameters
         ----------
@@ -157,11 +159,19 @@ class Explainer:
         kind = Seed.TENSOR if is_relevance else chosen
         if kind is not Seed.TENSOR and compiled.default_seed is Seed.TENSOR:
             checks.refuse_classes(compiled.program.outputs[0].meta["val"].shape)
-        several = isinstance(target, torch.Tensor) and target.dim() == 2 and not is_relevance
+        batch = tensors[0].shape[0]
+        asked = checks.check_target(target, batch, compiled.program.outputs[0].meta["val"])
+        several = asked is not None and asked.dim() == 2 and not is_relevance
         with self._lock:
-            executor = compiled.executor(kind, several, tensors[0].shape[0])
+            executor = compiled.executor(kind, several, batch)
+            if executor.chunks(batch)[0][1] == 1:
+                executor = compiled.executor(kind, several, 1)
+        parts = []
         with torch.no_grad():
-            return _run(compiled, executor, tensors, target, kind)
+            for start, end in executor.chunks(batch):
+                own = None if asked is None else asked[start:end]
+                parts.append(_run(compiled, executor, tuple(x[start:end] for x in tensors), own, kind, start))
+        return _joined(parts, compiled.pack)
 
     def plan(self) -> Plan:
         """The plan of the latest program: layer, operation, rule, schedule, cost, and the facts proved; printable."""
@@ -253,6 +263,10 @@ class Explainer:
     def _need_compiled(self, what: str) -> Compiled:
         if self._latest is None:
             raise InputError(f"{what}: no program yet; give the Explainer example_inputs, or call it once")
+        if self._latest.fingerprint != self._fingerprint():
+            raise InputError(
+                f"{what}: the model was changed since the program was made; call the Explainer once more first"
+            )
         return self._latest
 
     def _parameters(self) -> list[torch.Tensor]:
@@ -334,12 +348,19 @@ def _prepare(compiled: Compiled, inputs: tuple[torch.Tensor, ...]) -> list[torch
 
 
 def _run(
-    compiled: Compiled, executor: Executor, inputs: tuple[torch.Tensor, ...], target: Any, seed: Seed
+    compiled: Compiled,
+    executor: Executor,
+    inputs: tuple[torch.Tensor, ...],
+    target: torch.Tensor | None,
+    seed: Seed,
+    first: int,
 ) -> Explanation:
+    """Explain samples `first` and up of a batch."""
     run = executor.start(*_prepare(compiled, inputs))
     output = next(run)
-    checks.check_finite(output, "the model's output")
+    checks.check_finite(output, "the model's output", first)
     if seed is Seed.TENSOR:
+        assert target is not None
         resolved = checks.check_output_relevance(target, output)
         results = [run.send(resolved)]
         total = resolved.flatten(1).sum(1) if resolved.dim() > 1 else resolved
@@ -352,12 +373,26 @@ def _run(
     columns = [torch.stack(c, 1) if several else c[0] for c in zip(*results, strict=True)]
     columns = [_finished(c, inputs[0].dtype) for c in columns]
     count = len(inputs)
-    relevance = columns[0] if count == 1 else tuple(columns[:count])
     for index, name in enumerate((*("the relevance" for _ in inputs), *executor.recorded)):
-        checks.check_finite(columns[index], name if index < count else f"the relevance at {name!r}")
+        checks.check_finite(columns[index], name if index < count else f"the relevance at {name!r}", first)
     layers = dict(zip(executor.recorded, columns[count:], strict=True))
+    dtype = inputs[0].dtype
+    return Explanation(tuple(columns[:count]), output.to(dtype), resolved, layers, total.to(dtype))
+
+
+def _joined(parts: list[Explanation], pack: Callable[[torch.Tensor], Any]) -> Explanation:
+    """One explanation of all samples, with the output as the model returns it."""
+
+    def join(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+    maps = tuple(join(m) for m in zip(*(p.relevance for p in parts), strict=True))
     return Explanation(
-        relevance, compiled.pack(output.to(inputs[0].dtype)), resolved, layers, total.to(inputs[0].dtype)
+        relevance=maps[0] if len(maps) == 1 else maps,
+        output=pack(join([p.output for p in parts])),
+        target=join([p.target for p in parts]),
+        layers={name: join([p.layers[name] for p in parts]) for name in parts[0].layers},
+        output_relevance=join([p.output_relevance for p in parts]),
     )
 
 

@@ -10,7 +10,7 @@ malformed fails where it builds it. ``meta["path"]`` names the module of the use
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -21,12 +21,62 @@ from torch._subclasses import FakeTensorMode
 aten = torch.ops.aten
 
 
+class Constants(MutableMapping[str, torch.Tensor]):
+    """Tensors by name. Derived ones can be let go, and are made again when they are asked for.
+
+    An executor keeps weights as its kernels take them; what they were derived through would be a second copy of the model.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, torch.Tensor | None] = {}
+        self._makers: dict[str, Callable[[], torch.Tensor]] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self._tensors[name]
+        if tensor is None:
+            with torch.no_grad():
+                tensor = self._tensors[name] = self._makers[name]()
+        return tensor
+
+    def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
+        self._tensors[name] = tensor
+
+    def __delitem__(self, name: str) -> None:
+        del self._tensors[name]
+        self._makers.pop(name, None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def derive(self, name: str, make: Callable[[], torch.Tensor]) -> None:
+        """Say how a constant is made. `make` may ask for other constants, and must not hold on to what it gets."""
+        self._makers[name] = make
+
+    def is_derived(self, name: str) -> bool:
+        return name in self._makers
+
+    def maker(self, name: str) -> Callable[[], torch.Tensor]:
+        """How a constant is made, which outlives its name; of one that was given, the tensor."""
+        if name in self._makers:
+            return self._makers[name]
+        given = self[name]
+        return lambda: given
+
+    def let_go(self) -> None:
+        """Drop the derived tensors."""
+        for name in self._makers:
+            self._tensors[name] = None
+
+
 @dataclasses.dataclass
 class Program:
     """A graph with its constants; printable through `str`."""
 
     graph: fx.Graph
-    constants: dict[str, torch.Tensor]
+    constants: Constants
     fake_mode: FakeTensorMode
 
     def __str__(self) -> str:
@@ -42,6 +92,14 @@ class Program:
         values = node.args[0]
         return list(values) if isinstance(values, (tuple, list)) else [values]
 
+    def drop_unused(self) -> Program:
+        """Remove what no output needs; the program itself."""
+        self.graph.eliminate_dead_code()
+        used = {n.target for n in self.graph.nodes if n.op == "get_attr"}
+        for name in set(self.constants) - used:
+            del self.constants[name]
+        return self
+
     def module(self) -> fx.GraphModule:
         """The graph as a module with the constants as its buffers."""
         self.graph.eliminate_dead_code()
@@ -56,10 +114,10 @@ class Program:
 class Builder:
     """Appends nodes to a program, computing the fake value of each."""
 
-    def __init__(self, fake_mode: FakeTensorMode, constants: dict[str, torch.Tensor] | None = None) -> None:
+    def __init__(self, fake_mode: FakeTensorMode) -> None:
         self.fake_mode = fake_mode
         self.graph = fx.Graph()
-        self.constants: dict[str, torch.Tensor] = dict(constants or {})
+        self.constants = Constants()
         self.path = ""
         self._by_identity: dict[int, fx.Node] = {}
         self._derived: dict[tuple, fx.Node] = {}
@@ -86,11 +144,20 @@ class Builder:
         return node
 
     def derived(self, key: tuple, make: Callable[[], torch.Tensor], hint: str) -> fx.Node:
-        """A constant that is computed once for each key, however many layers ask for it."""
+        """A constant that is computed once for each key, however many layers ask for it; see `Constants.derive`."""
         if key not in self._derived:
+            count = len(self.constants)
             with torch.no_grad():
-                self._derived[key] = self.constant(make(), hint)
+                node = self._derived[key] = self.constant(make(), hint)
+            if len(self.constants) > count:  # and `make` did not hand on a tensor that was there before
+                self.constants.derive(node.target, make)
         return self._derived[key]
+
+    def adopt(self, constants: Constants, name: str) -> fx.Node:
+        """A constant of another program."""
+        if constants.is_derived(name):
+            return self.derived(("adopted", name), lambda: constants[name], name)
+        return self.constant(constants[name], name)
 
     def tensor(self, node: fx.Node) -> torch.Tensor:
         """The value of a constant."""
@@ -120,7 +187,7 @@ class Builder:
         return [self.size(node, d) for d in range(rank(node))]
 
 
-def _free_name(hint: str, taken: dict[str, Any]) -> str:
+def _free_name(hint: str, taken: Container[str]) -> str:
     base = "".join(c if c.isalnum() else "_" for c in hint).strip("_") or "constant"
     if base[0].isdigit():
         base = f"c{base}"

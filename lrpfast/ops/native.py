@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, transposes
 
 # Batches in which a dense layer is bound by reading its weight, and torch reads it slower than memory gives it.
 SMALL_BATCH = range(2, 17)
@@ -120,6 +120,33 @@ def alpha_beta_pair(
     return out
 
 
+def select_by_sign(x: Tensor, upper: Tensor, lower: Tensor, out: Tensor | None = None) -> Tensor:
+    """`upper` where `x >= 0`, else `lower`: all of one shape, `upper` and `lower` of one dtype; `out` may be either."""
+    if out is None:
+        out = torch.empty_like(upper)
+    codes = [_dtype_code(t) for t in (x, upper, lower, out)]
+    geometries = tuple((t.shape, t.stride()) for t in (x, upper, lower, out))
+    if extension is None or None in codes or not codes[1] == codes[2] == codes[3] or not _same_layout(geometries):
+        return torch.where(x >= 0, upper, lower, out=out)
+    extension.select_by_sign(
+        x.data_ptr(), _DTYPE_CODES[x.dtype], upper.data_ptr(), lower.data_ptr(), _DTYPE_CODES[upper.dtype],
+        out.data_ptr(), out.numel(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def add_relu(a: Tensor, b: Tensor) -> Tensor:
+    """`relu(a + b)` for two tensors of one shape and dtype."""
+    code = _dtype_code(a)
+    same = extension is not None and code is not None and _dtype_code(b) == code
+    if not same or not _same_layout(((a.shape, a.stride()), (b.shape, b.stride()))):
+        return torch.add(a, b).relu_()
+    assert extension is not None
+    out = torch.empty_like(a)
+    extension.add_relu(a.data_ptr(), b.data_ptr(), code, out.data_ptr(), out.numel(), torch.get_num_threads())
+    return out
+
+
 def dense_dgrad(s: Tensor, weight: Tensor) -> Tensor:
     """`s @ weight` for `s` `[N, O]` and a dense layer's weight `[O, I]`.
 
@@ -143,6 +170,69 @@ def channel_sum(carrier: Tensor | None, message: Tensor, groups: int, out: Tenso
     if not _channel_sum(carrier, message, groups, out):
         return reference.channel_sum(carrier, message, groups, out=out)
     return out
+
+
+def max_pool(
+    x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil: bool
+) -> tuple[Tensor, Tensor]:
+    """Max pooling of images: the maxima, and one byte a window that says which tap won, as `max_pool_dgrad` takes it.
+
+    `x` is `[N, C, H, W]`, float32 or bfloat16; the results lie channels-last. As in torch the first of equals wins, and a NaN
+    over all.
+    """
+    assert extension is not None
+    x = x.contiguous(memory_format=torch.channels_last)
+    stride = stride or kernel
+    size = x.shape[2:]
+    windows = zip(size, kernel, stride, padding, dilation, strict=True)
+    out_size = [_pooled(n, k, t, p, d, ceil) for n, k, t, p, d in windows]
+    y = torch.empty((*x.shape[:2], *out_size), dtype=x.dtype, memory_format=torch.channels_last)
+    winners = torch.empty_like(y, dtype=torch.uint8)
+    extension.max_pool(
+        x.data_ptr(), _DTYPE_CODES[x.dtype], y.data_ptr(), winners.data_ptr(), x.shape[0], size, out_size, kernel, stride,
+        padding, dilation, x.shape[1], torch.get_num_threads(),
+    )  # fmt: skip
+    return y, winners
+
+
+def max_pool_dgrad(
+    q: Tensor, winners: Tensor, size: list[int], kernel: list[int], stride: list[int], padding: list[int],
+    dilation: list[int], ceil: bool,
+) -> Tensor:  # fmt: skip
+    """Each value of a pooled map at the place that won, zero elsewhere; `winners` is that of `max_pool`."""
+    return _pool_dgrad(q, winners, size, kernel, stride, padding, dilation, 0, False)
+
+
+def avg_pool_dgrad(
+    t: Tensor, size: list[int], kernel: list[int], stride: list[int], padding: list[int], ceil: bool, include: bool,
+    divisor: int | None, rows: Tensor, columns: Tensor,
+) -> Tensor:  # fmt: skip
+    """The transpose of average pooling; see `transposes.fast_avg_pool_dgrad`."""
+    if extension is None or t.dim() != 4 or _dtype_code(t) is None:
+        return transposes.fast_avg_pool_dgrad(t, size, kernel, stride, padding, ceil, include, divisor, rows, columns)
+    return _pool_dgrad(t, None, size, kernel, stride, padding, [1, 1], divisor or 0, include)
+
+
+def _pool_dgrad(
+    message: Tensor, winners: Tensor | None, size: list[int], kernel: list[int], stride: list[int],
+    padding: list[int], dilation: list[int], divisor: int, count_padding: bool,
+) -> Tensor:  # fmt: skip
+    assert extension is not None
+    message = message.contiguous(memory_format=torch.channels_last)
+    result = torch.empty((*message.shape[:2], *size), dtype=message.dtype, memory_format=torch.channels_last)
+    extension.pool_dgrad(
+        message.data_ptr(), _DTYPE_CODES[message.dtype], 0 if winners is None else winners.data_ptr(),
+        result.data_ptr(), message.shape[0], size, message.shape[2:], kernel, stride or kernel, padding, dilation,
+        message.shape[1], divisor, count_padding, torch.get_num_threads(),
+    )  # fmt: skip
+    return result
+
+
+def _pooled(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil: bool) -> int:
+    """Windows along one dimension, as torch counts them: none begins in the padding behind the last value."""
+    room = size + 2 * padding - dilation * (kernel - 1) - 1
+    count = (room + (stride - 1 if ceil else 0)) // stride + 1
+    return count - 1 if ceil and (count - 1) * stride >= size + padding else count
 
 
 def _ratio(
@@ -251,6 +341,11 @@ def _channel_sum(carrier: Tensor | None, message: Tensor, groups: int, out: Tens
         torch.get_num_threads(),
     )
     return True
+
+
+def takes(tensor: Tensor) -> bool:
+    """Whether the kernels read values of this tensor's dtype and device; a fake tensor will do."""
+    return extension is not None and _dtype_code(tensor) is not None
 
 
 def _dtype_code(tensor: Tensor) -> int | None:

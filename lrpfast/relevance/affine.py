@@ -72,17 +72,13 @@ class Layer:
 
     def modified(self, key: tuple, modify: Callable[[torch.Tensor], torch.Tensor]) -> tuple[fx.Node, fx.Node | None]:
         """Weight and bias with one elementwise modification; made once for each key."""
-        made: list[fx.Node | None] = []
-        for position in (1, 2):
-            source = self.node.args[position]
-            if source is None:
-                made.append(None)
-                continue
-            tensor = self.walk.build.tensor(source)
+        build = self.walk.build
+
+        def made(source: fx.Node) -> fx.Node:
             hint = f"{source.target}_{'_'.join(map(str, key))}"
-            made.append(self.walk.build.derived((*key, source.target), functools.partial(modify, tensor), hint))
-        assert made[0] is not None
-        return made[0], made[1]
+            return build.derived((*key, source.target), lambda: modify(build.tensor(source)), hint)
+
+        return made(self.node.args[1]), None if self.node.args[2] is None else made(self.node.args[2])
 
     @property
     def plus(self) -> tuple[fx.Node, fx.Node | None]:
@@ -130,11 +126,13 @@ class Layer:
         """``(W₁ᵀs, W₂ᵀs)``, as one transpose with stacked input channels where the layer has one group."""
         if self.groups != 1 or self.transposed:
             return self.dgrad(s, first), self.dgrad(s, second)
-        weights = [self.walk.build.tensor(w) for w in (first, second)]
+        build = self.walk.build
         key = ("stacked", first.target, second.target)
-        stacked = self.walk.build.derived(key, lambda: torch.cat(weights, 1), f"{first.target}_stacked")
+        stacked = build.derived(
+            key, lambda: torch.cat([build.tensor(w) for w in (first, second)], 1), f"{first.target}_stacked"
+        )
         both = self.dgrad(s, stacked)
-        dim, count = (1 if self.is_conv else rank(both) - 1), weights[0].shape[1]
+        dim, count = (1 if self.is_conv else rank(both) - 1), value(first).shape[1]
         first_part = self.walk.call(aten.slice.Tensor, both, dim, 0, count)
         return first_part, self.walk.call(aten.slice.Tensor, both, dim, count, 2 * count)
 

@@ -10,6 +10,7 @@ denominator) runs once.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator
 from typing import Any
@@ -22,6 +23,10 @@ from lrpfast.runtime.lower import Lowering, Step
 from lrpfast.runtime.memory import keep_freed_memory
 
 Run = Generator[Any, Any, None]
+
+# What the values of a part of a batch may take. Small enough that an explanation's peak stays near that of a gradient of the
+# whole batch, large enough that convolutions and dense layers are as fast as on all of it.
+_PART_BYTES = 288 * 2**20
 
 
 class Executor:
@@ -66,7 +71,8 @@ class Executor:
         keep = set(self._results)
         if repeated:
             keep |= _used_by(segments["seeded"]) - set(segments["seeded"])
-        if all(i.meta["val"].device.type == "cpu" for i in self._inputs):
+        on_cpu = all(i.meta["val"].device.type == "cpu" for i in self._inputs)
+        if on_cpu:
             keep_freed_memory()
         lowering = Lowering(joint.program, ordered, keep, backend, batch)
         steps = lowering.steps()
@@ -77,10 +83,41 @@ class Executor:
         scope = dict(self._names)
         exec(compile(self._source, "<joint program>", "exec"), scope)
         self._function: Callable[..., Run] = scope["run"]
+        self._part = max(1, _PART_BYTES // max(1, _bytes_a_sample(lowering, steps))) if on_cpu else None
+
+    def chunks(self, batch: int) -> list[tuple[int, int]]:
+        """The parts that a batch is run in: begin and end of each, all of about one size."""
+        count = 1 if self._part is None else max(1, -(-batch // self._part))
+        size = max(1, -(-batch // count))
+        return [(begin, min(batch, begin + size)) for begin in range(0, max(batch, 1), size)]
 
     def start(self, *inputs: torch.Tensor) -> Run:
         """Begin a run: `next` gives the output; `send(target)` then gives the relevances, once for each target."""
         return self._function(*inputs)
+
+
+def _bytes_a_sample(lowering: Lowering, steps: list[Step]) -> int:
+    """The most that live at once, and two more of the largest value, which is what the allocator's gaps come to."""
+    root = lowering.liveness.root
+    last = {root.get(n, n): i for i, nodes in _last_uses(steps).items() for n in nodes}
+    live: dict[fx.Node, int] = {}
+    peak = largest = 0
+    for index, step in enumerate(steps):
+        own = root.get(step.node, step.node)
+        if own is step.node:
+            live[own] = _sample_bytes(own)
+            largest = max(largest, live[own])
+            peak = max(peak, sum(live.values()))
+        for node in [n for n in live if last.get(n, index) <= index]:
+            del live[node]
+    return peak + 2 * largest
+
+
+def _sample_bytes(node: fx.Node) -> int:
+    """Bytes of a value, or of the values of an operation that returns several, a sample."""
+    results = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
+    tensors = [t for t in results if isinstance(t, torch.Tensor)]
+    return sum(math.prod(n for n in t.shape if isinstance(n, int)) * t.element_size() for t in tensors)
 
 
 def _reached_from(start: fx.Node, nodes: list[fx.Node]) -> set[fx.Node]:

@@ -61,6 +61,11 @@ class Liveness:
         """Whether `user` is the last to need the memory of a value."""
         return self._last[self.root[value_node]] == self.position[user]
 
+    def lives_until(self, value_node: fx.Node, user: fx.Node) -> bool:
+        """Whether the memory of a value still holds it when `user` runs."""
+        root = self.root[value_node]
+        return self._last.get(root, -1) >= self.position[user] or not self.owned(value_node)
+
     def owned(self, node: fx.Node) -> bool:
         """Whether a value's memory was made by a step, at full size, so that it may be written."""
         root = self.root[node]
@@ -123,18 +128,24 @@ class Lowering:
         if transposed or not _one_dnn(node) or weight.op != "get_attr":
             return Step(node, node.target, (x, self._weight(weight), *node.args[2:]))
         packed = self._packed(weight, _channels_last, x, stride, padding, dilation, groups)
+        layer = (x, packed, bias, stride, padding, dilation, groups)
+        activation = self._only_user(node)
+        epilogue = None if activation is None else _epilogue(activation)
+        if activation is None or epilogue is None:
+            return Step(node, *_pointwise(*layer, _NO_EPILOGUE))
+        self._computed.add(activation)
+        return Step(activation, *_pointwise(*layer, epilogue), note=f"with its {_SHOWN[operation_name(activation)]}")
+
+    def _only_user(self, node: fx.Node) -> fx.Node | None:
+        """The only user of a value that nothing else needs."""
         users = list(node.users)
-        relu = users[0] if len(users) == 1 and users[0].target is aten.relu.default else None
-        if relu is None or node in self.keep:
-            return Step(node, *_pointwise(x, packed, bias, stride, padding, dilation, groups, "none"))
-        self._computed.add(relu)
-        return Step(relu, *_pointwise(x, packed, bias, stride, padding, dilation, groups, "relu"), note="with its ReLU")
+        return users[0] if len(users) == 1 and node not in self.keep else None
 
     def _lower_conv_dgrad(self, node: fx.Node) -> Step:
         s, weight, size, stride, padding, dilation, groups = node.args
         if not self._plain_dgrad(node):
             return Step(node, TRANSPOSES["conv_dgrad"][1], (s, self._weight(weight), *node.args[2:]))
-        function, args = _pointwise(*self._dgrad_operands(node), "none")
+        function, args = _pointwise(*self._dgrad_operands(node), _NO_EPILOGUE)
         return Step(node, function, args, note="as a convolution")
 
     def _plain_dgrad(self, node: fx.Node) -> bool:
@@ -185,11 +196,24 @@ class Lowering:
         dense = weight.op == "get_attr" and rank(a) == rank(weight) == 2 and self.kernels is native
         return Step(node, native.dense_dgrad, (a, weight)) if dense else None
 
+    # --- pooling ---
+
+    def _lower_max_pool2d_with_indices(self, node: fx.Node) -> Step | None:
+        return Step(node, native.max_pool, tuple(node.args)) if self._compact(node) else None
+
     def _lower_max_pool_dgrad(self, node: fx.Node) -> Step:
-        return Step(node, TRANSPOSES["max_pool_dgrad"][1], tuple(node.args))
+        pool = node.args[1].args[0]
+        compact = operation_name(pool) == "max_pool2d_with_indices" and self._compact(pool)
+        return Step(node, native.max_pool_dgrad if compact else TRANSPOSES["max_pool_dgrad"][1], tuple(node.args))
+
+    def _compact(self, pool: fx.Node) -> bool:
+        """Whether a max pool keeps one byte a window. Who won is asked by its way back alone."""
+        taps = pool.args[1][0] * pool.args[1][1]
+        return self.kernels is native and taps <= 256 and native.takes(value(pool)[0])
 
     def _lower_avg_pool_dgrad(self, node: fx.Node) -> Step:
-        return Step(node, TRANSPOSES["avg_pool_dgrad"][1], tuple(node.args))
+        function = native.avg_pool_dgrad if self.kernels is native else TRANSPOSES["avg_pool_dgrad"][1]
+        return Step(node, function, tuple(node.args))
 
     # --- elementwise steps ---
 
@@ -234,13 +258,35 @@ class Lowering:
     def _lower_channel_sum(self, node: fx.Node) -> Step:
         return Step(node, self.kernels.channel_sum, tuple(node.args))
 
+    def _lower_where(self, node: fx.Node) -> Step | None:
+        """A choice by the sign of a value in one pass, without the mask."""
+        condition, upper, lower = node.args
+        by_sign = is_tensor(condition) and condition.target is aten.ge.Scalar and condition.args[1] == 0
+        if not by_sign or self.kernels is not native or self._only_user(condition) is not node:
+            return None
+        x = condition.args[0]
+        same = (
+            all(is_tensor(t) and same_sizes(value(t).shape, value(node).shape) for t in (x, upper, lower))
+            and value(upper).dtype == value(lower).dtype == value(node).dtype
+        )
+        if not same or not self.liveness.lives_until(x, node):
+            return None
+        self._postponed.add(condition)
+        out = next((t for t in (upper, lower) if self._writable(t, node)), None)
+        return Step(node, native.select_by_sign, (x, upper, lower, out))
+
     def _lower_relu(self, node: fx.Node) -> Step | None:
         return Step(node, aten.relu_.default, node.args) if self._writable(node.args[0], node) else None
 
     def _lower_add(self, node: fx.Node) -> Step | None:
         a, b = node.args[:2]
-        if node.target is not aten.add.Tensor or not is_tensor(b) or argument(node, 2, "alpha", 1) != 1 or a is b:
+        if not _is_plain_sum(node) or a is b:
             return None
+        relu = self._only_user(node)
+        same = value(a).dtype == value(b).dtype and same_sizes(value(a).shape, value(b).shape)
+        if relu is not None and relu.target is aten.relu.default and self.kernels is native and same:
+            self._computed.add(relu)
+            return Step(relu, native.add_relu, (a, b), note="with its sum")
         for left, right in ((a, b), (b, a)):
             if self._writable(left, node) and is_tensor(right) and value(right).dtype == value(node).dtype:
                 return self._accumulated(node, left, right) or Step(node, aten.add_.Tensor, (left, right))
@@ -302,6 +348,27 @@ def _into_pair(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+_Epilogue = tuple[str, list[float], str]  # an activation's name, numbers and algorithm
+_NO_EPILOGUE: _Epilogue = ("none", [], "")
+_SHOWN = {"relu": "ReLU", "hardtanh": "clamp"}
+
+
+def _epilogue(node: fx.Node) -> _Epilogue | None:
+    """An activation as an epilogue; those alone that oneDNN computes to the last digit as torch does."""
+    if node.target is aten.relu.default:
+        return "relu", [], ""
+    if node.target is aten.hardtanh.default:
+        low, high = argument(node, 1, "min_val", -1.0), argument(node, 2, "max_val", 1.0)
+        return "hardtanh", [float(low), float(high)], ""
+    return None
+
+
+def _is_plain_sum(node: fx.Node) -> bool:
+    """Whether a node is the sum of two tensors."""
+    tensors = node.target is aten.add.Tensor and all(is_tensor(a) for a in node.args[:2])
+    return tensors and argument(node, 2, "alpha", 1) == 1
+
+
 def _one_dnn(node: fx.Node) -> bool:
     """Whether oneDNN's convolution takes what torch's does: images in float32 or bfloat16 on a CPU that has it."""
     fake = value(node)
@@ -317,10 +384,10 @@ def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
 
 def _pointwise(
     x: fx.Node, weight: torch.Tensor, bias: fx.Node | None, stride: list[int], padding: list[int], dilation: list[int],
-    groups: int, epilogue: str,
+    groups: int, epilogue: _Epilogue,
 ) -> tuple[Callable[..., Any], tuple]:  # fmt: skip
     """oneDNN's convolution with an epilogue: the function and its arguments."""
-    args: tuple = (x, weight, bias, padding, stride, dilation, groups, epilogue, [], "")
+    args: tuple = (x, weight, bias, padding, stride, dilation, groups, *epilogue)
     return torch.ops.mkldnn._convolution_pointwise.default, args
 
 

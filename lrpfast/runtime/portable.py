@@ -43,9 +43,7 @@ def portable(program: Program) -> Program:
                 continue
             ours = node.target in _DECOMPOSITIONS
             env[node] = _decompose(builder, node, args) if ours else builder.call(node.target, *args, **kwargs)
-    builder.graph.eliminate_dead_code()
-    used = {n.target for n in builder.graph.nodes if n.op == "get_attr"}
-    return Program(builder.graph, {k: v for k, v in builder.constants.items() if k in used}, program.fake_mode)
+    return Program(builder.graph, builder.constants, program.fake_mode).drop_unused()
 
 
 def _decompose(builder: Builder, node: fx.Node, args: tuple) -> Any:

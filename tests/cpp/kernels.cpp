@@ -1,0 +1,278 @@
+// The kernels alone, for the sanitizers: every operand in a heap block of exactly its size, threads that a sanitizer can see.
+//
+// Values are checked against one line of double arithmetic each; the thorough comparison is in tests/test_ops_*.py.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "cpu_capability.h"
+#include "ops.h"
+#include "parallel.h"
+
+namespace {
+
+using namespace lrpfast;
+
+int failures = 0;
+
+void check(bool holds, const char* what, std::int64_t at) {
+  if (!holds && ++failures < 20) {
+    std::fprintf(stderr, "%s: wrong at %lld (%s)\n", what, static_cast<long long>(at), cpu_capability());
+  }
+}
+
+bool near(double found, double expected) {
+  return std::fabs(found - expected) <= 1e-5 * std::fabs(expected) + 1e-6 || (std::isnan(found) && std::isnan(expected));
+}
+
+// ---- A team of threads with the interface of libgomp -----------------------------------------------------------------
+
+thread_local int member = 0;
+thread_local int members = 1;
+
+void team(void (*body)(void*), void* data, unsigned threads, unsigned) {
+  std::vector<std::thread> started;
+  for (unsigned i = 0; i < threads; ++i) {
+    started.emplace_back([=] {
+      member = static_cast<int>(i);
+      members = static_cast<int>(threads);
+      body(data);
+    });
+  }
+  for (std::thread& thread : started) {
+    thread.join();
+  }
+}
+
+template <typename Arguments, void (*Kernels::*kKernel)(const Arguments&, std::int64_t, std::int64_t)>
+void run(const Arguments& arguments, std::int64_t size, std::int64_t unit, int threads) {
+  parallel_for(
+      size, 1, unit, threads,
+      [](const void* context, std::int64_t begin, std::int64_t end) {
+        (kernels().*kKernel)(*static_cast<const Arguments*>(context), begin, end);
+      },
+      &arguments);
+}
+
+// ---- Operands --------------------------------------------------------------------------------------------------------
+
+std::mt19937 generator(0);
+
+std::vector<float> draw(std::int64_t size) {
+  std::normal_distribution<float> normal;
+  std::vector<float> values(static_cast<std::size_t>(size));
+  for (float& value : values) {
+    value = normal(generator);
+  }
+  return values;
+}
+
+std::vector<float> poison(std::int64_t size) {
+  return std::vector<float>(static_cast<std::size_t>(size), std::numeric_limits<float>::quiet_NaN());
+}
+
+Operand of(const std::vector<float>& values) { return {values.data(), DType::kFloat32, false}; }
+
+double stable(double z, double eps) { return z >= 0 ? z + eps : z - eps; }
+
+// ---- The kernels -----------------------------------------------------------------------------------------------------
+
+void test_ratio(std::int64_t size, int threads) {
+  const auto carrier = draw(size), a = draw(size), b = draw(size), z = draw(size);
+  auto result = poison(size);
+  const RatioArguments arguments = {of(carrier), of(a), of(b), of(z), result.data(), DType::kFloat32, size, 0.1f};
+  run<RatioArguments, &Kernels::ratio>(arguments, size, 64, threads);
+  for (std::int64_t i = 0; i < size; ++i) {
+    check(near(result[i], carrier[i] * (double(a[i]) + b[i]) / stable(z[i], 0.1)), "ratio", i);
+  }
+}
+
+void test_ratio_rows(std::int64_t rows, std::int64_t row_size, int threads) {
+  const auto carrier = draw(row_size), a = draw(rows * row_size), z = draw(row_size);
+  auto result = poison(rows * row_size);
+  const RatioArguments arguments = {{carrier.data(), DType::kFloat32, true}, of(a), {nullptr, DType::kFloat32, false},
+                                    {z.data(), DType::kFloat32, true}, result.data(), DType::kFloat32, row_size, 0.1f};
+  run<RatioArguments, &Kernels::ratio>(arguments, rows * row_size, 64, threads);
+  for (std::int64_t i = 0; i < rows * row_size; ++i) {
+    const std::int64_t j = i % row_size;
+    check(near(result[i], carrier[j] * double(a[i]) / stable(z[j], 0.1)), "ratio by rows", i);
+  }
+}
+
+void test_bfloat16(std::int64_t size, int threads) {
+  // 1.5 is a bfloat16: the results are exact.
+  const std::vector<std::uint16_t> values(static_cast<std::size_t>(size), 0x3fc0);
+  std::vector<std::uint16_t> result(static_cast<std::size_t>(size), 0x7fc0);
+  const Operand operand = {values.data(), DType::kBFloat16, false};
+  const RatioArguments arguments = {operand, operand, {nullptr, DType::kFloat32, false}, operand, result.data(),
+                                    DType::kBFloat16, size, 0.0f};
+  run<RatioArguments, &Kernels::ratio>(arguments, size, 64, threads);
+  for (std::int64_t i = 0; i < size; ++i) {
+    check(result[i] == 0x3fc0, "ratio in bfloat16", i);
+  }
+}
+
+void test_pair(std::int64_t size, int threads) {
+  const auto message = draw(size), z = draw(size);
+  auto z_plus = draw(size);
+  for (float& value : z_plus) {
+    value = std::fabs(value);
+  }
+  auto upper = poison(size), lower = poison(size);
+  const Operand none = {nullptr, DType::kFloat32, false};
+  const PairArguments gamma = {none, of(message), of(z), of(z_plus), {upper.data(), lower.data()}, DType::kFloat32,
+                               true, 0.25f, 0.0f, 0.1f};
+  run<PairArguments, &Kernels::pair>(gamma, size, 64, threads);
+  for (std::int64_t i = 0; i < size; ++i) {
+    const double above = message[i] / stable(z[i] + 0.25 * z_plus[i], 0.1);
+    const double below = message[i] / stable(1.25 * z[i] - 0.25 * z_plus[i], 0.1);
+    check(near(upper[i], z[i] > 0 ? above : 0), "gamma pair, upper", i);
+    check(near(lower[i], z[i] < 0 ? below : 0), "gamma pair, lower", i);
+  }
+  const PairArguments alpha_beta = {none, of(message), of(z_plus), of(z), {upper.data(), lower.data()},
+                                    DType::kFloat32, false, 2.0f, 1.0f, 0.1f};
+  run<PairArguments, &Kernels::pair>(alpha_beta, size, 64, threads);
+  for (std::int64_t i = 0; i < size; ++i) {
+    check(near(upper[i], 2 * double(message[i]) / stable(z_plus[i], 0.1)), "alpha-beta pair, upper", i);
+    check(near(lower[i], -double(message[i]) / stable(z[i], 0.1)), "alpha-beta pair, lower", i);
+  }
+}
+
+void test_select(std::int64_t size, int threads) {
+  const auto x = draw(size), lower = draw(size);
+  auto upper = draw(size);
+  const auto given = upper;
+  const SelectArguments arguments = {of(x), of(upper), of(lower), upper.data()};  // in place
+  run<SelectArguments, &Kernels::select_by_sign>(arguments, size, 64, threads);
+  for (std::int64_t i = 0; i < size; ++i) {
+    check(upper[i] == (x[i] >= 0 ? given[i] : lower[i]), "select", i);
+  }
+}
+
+void test_add_relu(std::int64_t size, int threads) {
+  const auto a = draw(size), b = draw(size);
+  auto result = poison(size);
+  run<AddReluArguments, &Kernels::add_relu>({of(a), of(b), result.data()}, size, 64, threads);
+  for (std::int64_t i = 0; i < size; ++i) {
+    check(result[i] == std::fmax(a[i] + b[i], 0.0f), "add_relu", i);
+  }
+}
+
+void test_dense(std::int64_t batch, std::int64_t outputs, std::int64_t inputs, int threads) {
+  const auto s = draw(batch * outputs), weight = draw(outputs * inputs);
+  auto result = poison(batch * inputs);
+  const DenseDgradArguments arguments = {s.data(), weight.data(), result.data(), batch, outputs, inputs};
+  run<DenseDgradArguments, &Kernels::dense_dgrad>(arguments, inputs, 64, threads);
+  for (std::int64_t i = 0; i < batch * inputs; ++i) {
+    double sum = 0;
+    for (std::int64_t o = 0; o < outputs; ++o) {
+      sum += double(s[i / inputs * outputs + o]) * weight[o * inputs + i % inputs];
+    }
+    check(std::fabs(result[i] - sum) < 1e-3, "dense_dgrad", i);
+  }
+}
+
+void test_channel_sum(std::int64_t channels, std::int64_t groups, std::int64_t positions, bool last, int threads) {
+  const std::int64_t rows = 3, width = channels / groups;
+  const auto carrier = draw(rows * channels * positions), message = draw(rows * channels * positions);
+  auto result = poison(rows * groups * positions);
+  const ChannelSumArguments arguments = {of(carrier), of(message), result.data(), channels, groups, positions, last};
+  run<ChannelSumArguments, &Kernels::channel_sum>(arguments, rows * groups * positions, 64, threads);
+  for (std::int64_t i = 0; i < rows * groups * positions; ++i) {
+    const std::int64_t row = i / (groups * positions), group = i / positions % groups, position = i % positions;
+    double sum = 0;
+    for (std::int64_t c = group * width; c < (group + 1) * width; ++c) {
+      const std::int64_t at = last ? (row * positions + position) * channels + c : (row * channels + c) * positions + position;
+      sum += double(carrier[at]) * message[at];
+    }
+    check(std::fabs(result[i] - sum) < 1e-4, "channel_sum", i);
+  }
+}
+
+void test_pools(std::int64_t channels, std::int64_t kernel, std::int64_t stride, std::int64_t padding, int threads) {
+  const std::int64_t images = 2, height = 7, width = 9;
+  const Window window = {{height, width},
+                         {(height + 2 * padding - kernel) / stride + 1, (width + 2 * padding - kernel) / stride + 1},
+                         {kernel, kernel}, {stride, stride}, {padding, padding}, {1, 1}, channels};
+  const std::int64_t out = images * window.out_size[0] * window.out_size[1] * channels;
+  const auto x = draw(images * height * width * channels), q = draw(out);
+  auto pooled = poison(out), back = poison(images * height * width * channels);
+  std::vector<std::uint8_t> winners(static_cast<std::size_t>(out), 255);
+  run<MaxPoolArguments, &Kernels::max_pool>({of(x), pooled.data(), winners.data(), window},
+                                            images * window.out_size[0], 1, threads);
+  std::vector<double> expected(back.size(), 0.0);
+  for (std::int64_t i = 0; i < out; ++i) {
+    const std::int64_t c = i % channels, column = i / channels % window.out_size[1];
+    const std::int64_t row = i / channels / window.out_size[1] % window.out_size[0];
+    const std::int64_t image = i / channels / window.out_size[1] / window.out_size[0];
+    float best = -std::numeric_limits<float>::infinity();
+    std::int64_t place = -1;
+    for (std::int64_t tap = 0; tap < kernel * kernel; ++tap) {
+      const std::int64_t y = row * stride - padding + tap / kernel, z = column * stride - padding + tap % kernel;
+      if (y >= 0 && y < height && z >= 0 && z < width) {
+        const std::int64_t at = ((image * height + y) * width + z) * channels + c;
+        if (x[at] > best) {
+          best = x[at];
+          place = at;
+        }
+      }
+    }
+    check(pooled[i] == best, "max_pool", i);
+    expected[place] += q[i];
+  }
+  const PoolDgradArguments to_winners = {of(q), winners.data(), back.data(), window, 0, false};
+  run<PoolDgradArguments, &Kernels::pool_dgrad>(to_winners, images * height, 1, threads);
+  for (std::size_t i = 0; i < back.size(); ++i) {
+    check(near(back[i], expected[i]), "max pool's way back", static_cast<std::int64_t>(i));
+  }
+  const PoolDgradArguments shares = {of(q), nullptr, back.data(), window, 0, true};
+  run<PoolDgradArguments, &Kernels::pool_dgrad>(shares, images * height, 1, threads);
+  double sent = 0, received = 0;
+  for (float value : back) {
+    received += value;
+  }
+  for (float value : q) {
+    sent += value;
+  }
+  check(padding != 0 || (height - kernel) % stride != 0 || std::fabs(sent - received) < 1e-3, "average's way back", 0);
+}
+
+}  // namespace
+
+int main() {
+  bind_openmp({team, [] { return member; }, [] { return members; }});
+  for (const char* capability : {"avx512", "avx2", "default"}) {
+    limit_cpu_capability(capability);
+    for (int threads : {1, 2, 3}) {
+      for (std::int64_t size : {0, 1, 7, 64, 511, 513, 2050}) {
+        test_ratio(size, threads);
+        test_bfloat16(size, threads);
+        test_pair(size, threads);
+        test_select(size, threads);
+        test_add_relu(size, threads);
+      }
+      test_ratio_rows(3, 5, threads);
+      test_ratio_rows(5, 515, threads);
+      for (std::int64_t batch : {1, 5}) {
+        test_dense(batch, 1, 1, threads);
+        test_dense(batch, 37, 1030, threads);
+      }
+      for (bool last : {false, true}) {
+        test_channel_sum(6, 2, 35, last, threads);
+        test_channel_sum(1030, 1, 3, last, threads);
+      }
+      for (std::int64_t channels : {1, 17, 515}) {
+        test_pools(channels, 2, 2, 0, threads);
+        test_pools(channels, 3, 2, 1, threads);
+        test_pools(channels, 3, 1, 0, threads);
+      }
+    }
+  }
+  std::printf("%d failures\n", failures);
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}

@@ -1,0 +1,123 @@
+"""Which calls are fused into one, and that what they compute does not change: float32 in compiled steps against float64.
+
+In float64 nothing is fused: neither oneDNN nor the compiled operators take it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lrpfast
+from lrpfast.ops import native
+
+
+class Net(nn.Module):
+    """Layers `a`, `b`, `c` of four channels, a one-by-one `skip`, and a head; `run` says how they are joined."""
+
+    def __init__(self, run: Callable[[Net, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for name in "abc":
+            setattr(self, name, nn.Conv2d(4, 4, 3, padding=1))
+        self.skip = nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4, 5)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.run(self, x).mean((2, 3)))
+
+
+def used_later(m: Net, x: Tensor) -> Tensor:
+    h = m.a(x).relu()
+    total = (m.b(h) + h).relu()
+    return m.c(total).relu() + h  # h outlives the sum: it must not be written over
+
+
+def two_convolutions(m: Net, x: Tensor) -> Tensor:
+    h = m.a(x).relu()
+    return m.c((m.b(h) + m.skip(h)).relu()).relu()
+
+
+def two_convolutions_the_other_way_round(m: Net, x: Tensor) -> Tensor:
+    h = m.a(x).relu()
+    skipped = m.skip(h)
+    return m.c((skipped + m.b(h)).relu()).relu()
+
+
+def operand_used_in_between(m: Net, x: Tensor) -> Tensor:
+    h = m.a(x).relu()
+    skipped = m.skip(h)
+    convolved = m.b(h)
+    beside = skipped * 2.0  # after the convolution that could write its sum over `skipped`, and before the sum
+    return m.c((convolved + skipped).relu()).relu() + beside
+
+
+def without_relu(m: Net, x: Tensor) -> Tensor:
+    h = m.a(x)
+    return m.c(m.b(h) + h)
+
+
+def summed_with_itself(m: Net, x: Tensor) -> Tensor:
+    z = m.a(x)
+    return m.b((z + z).relu())
+
+
+def clamped(m: Net, x: Tensor) -> Tensor:
+    return m.c(nn.functional.relu6(m.b(nn.functional.hardtanh(m.a(x), -0.5, 0.5)) * 3))
+
+
+def pooled(m: Net, x: Tensor) -> Tensor:
+    h = nn.functional.max_pool2d(m.a(x).relu(), 3, 2, 1)
+    h = nn.functional.avg_pool2d(m.b(h).relu(), 2)
+    return nn.functional.max_pool2d(m.c(h).relu(), 2, ceil_mode=True)
+
+
+FUSED = {
+    used_later: ["with its ReLU", "with its sum"],
+    two_convolutions: ["with its ReLU", "with its sum"],
+    two_convolutions_the_other_way_round: ["with its sum"],
+    operand_used_in_between: ["with its ReLU", "with its sum"],
+    without_relu: [],
+    summed_with_itself: [],
+    clamped: ["with its clamp"],
+    pooled: ["with its ReLU"],
+}
+
+
+@pytest.mark.parametrize("composite", ["epsilon_plus_flat", "gamma", "epsilon_alpha2_beta1"])
+@pytest.mark.parametrize("run", FUSED, ids=lambda f: f.__name__)
+def test_fused_steps_give_the_same(run: Callable[[Net, Tensor], Tensor], composite: str) -> None:
+    model = Net(run).eval()
+    x = torch.randn(3, 4, 11, 13, generator=torch.Generator().manual_seed(1))
+    explainer = lrpfast.Explainer(model, x, composite=composite, record=("*",))
+    found = explainer(x, target=2)
+    exact = lrpfast.explain(copy.deepcopy(model).double(), x.double(), target=2, composite=composite, record=("*",))
+    assert found.layers.keys() == exact.layers.keys() != set()
+    maps = [(found.relevance, exact.relevance), (found.output, exact.output)]
+    maps += [(found.layers[name], exact.layers[name]) for name in exact.layers]
+    for a, b in maps:
+        assert torch.linalg.vector_norm(a.double() - b) <= 2e-5 * torch.linalg.vector_norm(b)
+
+
+@pytest.mark.parametrize("run", FUSED, ids=lambda f: f.__name__)
+def test_what_is_fused(run: Callable[[Net, Tensor], Tensor]) -> None:
+    x = torch.randn(3, 4, 11, 13)
+    steps = lrpfast.Explainer(Net(run).eval(), x).profile(x, repeats=1)
+    notes = [operation for _, operation, _ in steps]
+    for note in FUSED[run]:
+        assert any(note in operation for operation in notes), notes
+    assert "ge" not in notes  # the mask of a choice by sign
+
+
+def test_a_max_pool_keeps_one_byte_a_window():
+    x = torch.randn(2, 4, 8, 8)
+    explainer = lrpfast.Explainer(Net(pooled).eval(), x)
+    explainer.profile(x, repeats=1)
+    compiled = explainer._latest
+    functions = {s.function for s in compiled.executor(compiled.default_seed, False, 8).steps}
+    assert {native.max_pool, native.max_pool_dgrad, native.avg_pool_dgrad} <= functions
