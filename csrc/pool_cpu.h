@@ -70,10 +70,25 @@ void max_pool(const MaxPoolArguments& a, std::int64_t begin, std::int64_t end) {
   }
 }
 
-// The window whose tap `tap` lies at `position`, or -1.
-inline std::int64_t window_at(const Window& w, int dim, std::int64_t position, std::int64_t tap) {
-  const std::int64_t start = position + w.padding[dim] - tap * w.dilation[dim];
-  return start >= 0 && start % w.stride[dim] == 0 && start / w.stride[dim] < w.out_size[dim] ? start / w.stride[dim] : -1;
+// Calls body(tap, window) for the taps of one dimension that lie at `position`. Without dilation these are every stride-th one.
+template <typename Body>
+inline void for_each_tap(const Window& w, int dim, std::int64_t position, Body body) {
+  const std::int64_t stride = w.stride[dim], dilation = w.dilation[dim], start = position + w.padding[dim];
+  if (dilation == 1) {
+    std::int64_t window = start / stride;
+    for (std::int64_t tap = start % stride; tap < w.kernel[dim] && window >= 0; tap += stride, --window) {
+      if (window < w.out_size[dim]) {
+        body(tap, window);
+      }
+    }
+    return;
+  }
+  for (std::int64_t tap = 0; tap < w.kernel[dim] && tap * dilation <= start; ++tap) {
+    const std::int64_t offset = start - tap * dilation;
+    if (offset % stride == 0 && offset / stride < w.out_size[dim]) {
+      body(tap, offset / stride);
+    }
+  }
 }
 
 // What divides the sum of an average's window.
@@ -101,16 +116,8 @@ void gather_position(const PoolDgradArguments& a, std::int64_t image, std::int64
   for (std::int64_t c = 0; c < count; ++c) {
     sum[c] = 0.0f;
   }
-  for (std::int64_t i = 0; i < w.kernel[0]; ++i) {
-    const std::int64_t row = window_at(w, 0, y, i);
-    if (row < 0) {
-      continue;
-    }
-    for (std::int64_t j = 0; j < w.kernel[1]; ++j) {
-      const std::int64_t column = window_at(w, 1, x, j);
-      if (column < 0) {
-        continue;
-      }
+  for_each_tap(w, 0, y, [&](std::int64_t i, std::int64_t row) {
+    for_each_tap(w, 1, x, [&](std::int64_t j, std::int64_t column) {
       const std::int64_t at = ((image * w.out_size[0] + row) * w.out_size[1] + column) * w.channels + channel;
       const float* sent = load(a.message, at, count, buffer);
       if (a.winners) {
@@ -127,8 +134,8 @@ void gather_position(const PoolDgradArguments& a, std::int64_t image, std::int64
           sum[c] += sent[c] / share;
         }
       }
-    }
-  }
+    });
+  });
   store(a.result, a.message.dtype, ((image * w.size[0] + y) * w.size[1] + x) * w.channels + channel, sum, count);
 }
 

@@ -121,3 +121,25 @@ def test_a_max_pool_keeps_one_byte_a_window():
     compiled = explainer._latest
     functions = {s.function for s in compiled.executor(compiled.default_seed, False, 8).steps}
     assert {native.max_pool, native.max_pool_dgrad, native.avg_pool_dgrad} <= functions
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"),
+    [(1, 2, 0, 1), (1, 3, 0, 1), (3, 2, 0, 1), (3, 2, 1, 1), (3, 3, 1, 1), (3, 2, 1, 2), (3, 2, 2, 2)],
+)
+def test_strided_transposes(kernel: int, stride: int, padding: int, dilation: int, batch: int, groups: int) -> None:
+    torch.manual_seed(0)
+    strided = nn.Conv2d(4, 6, kernel, stride, padding, dilation, groups)
+    for size in ((11, 13), (12, 12)):
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), strided, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(6, 3),
+        ).eval()  # fmt: skip
+        x = torch.randn(batch, 3, *size)
+        explainer = lrpfast.Explainer(model, x, composite="epsilon_plus")
+        assert "conv_dgrad (as a transposed convolution)" in [name for _, name, _ in explainer.profile(x, repeats=1)]
+        exact = lrpfast.explain(copy.deepcopy(model).double(), x.double(), composite="epsilon_plus").relevance
+        found = explainer(x).relevance.double()
+        assert torch.linalg.vector_norm(found - exact) <= 1e-5 * torch.linalg.vector_norm(exact)

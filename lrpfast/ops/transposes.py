@@ -55,14 +55,21 @@ def portable_conv_dgrad(
 ) -> Tensor:
     """As a plain convolution with flipped weights for stride 1, else as a transposed convolution."""
     dims = len(size)
-    reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
     if fits_plain_convolution(weight.shape, stride, padding, dilation, groups):
-        inverse = [r - p for r, p in zip(reach, padding, strict=True)]
+        inverse = [d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True)]
         flipped = flipped_weight(weight, groups)
         return aten.convolution(s, flipped, None, stride, inverse, dilation, False, [0] * dims, groups)
-    least = [(n - 1) * t - 2 * p + r + 1 for n, t, p, r in zip(s.shape[2:], stride, padding, reach, strict=True)]
-    rest = [n - m for n, m in zip(size, least, strict=True)]
+    rest = left_over(size, s.shape[2:], weight.shape[2:], stride, padding, dilation)
     return aten.convolution(s, weight, None, stride, padding, dilation, True, rest, groups)
+
+
+def left_over(
+    size: Sequence[int], out: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:  # fmt: skip
+    """What a convolution's input is larger by, in each dimension, than its windows reach: the transpose's output padding."""
+    windows = zip(size, out, kernel, stride, padding, dilation, strict=True)
+    return [n - ((m - 1) * t - 2 * p + d * (k - 1) + 1) for n, m, k, t, p, d in windows]
 
 
 def fast_max_pool_dgrad(

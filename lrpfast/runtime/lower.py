@@ -15,9 +15,19 @@ from typing import Any
 import torch
 from torch import fx
 
-from lrpfast.graph import Program, argument, is_tensor, operation_name, rank, same_shape, same_sizes, value
+from lrpfast.graph import (
+    Program,
+    argument,
+    is_tensor,
+    operation_name,
+    rank,
+    same_shape,
+    same_sizes,
+    static_sizes,
+    value,
+)
 from lrpfast.ops import native, reference
-from lrpfast.ops.transposes import TRANSPOSES, fits_plain_convolution, flipped_weight
+from lrpfast.ops.transposes import TRANSPOSES, fits_plain_convolution, flipped_weight, left_over
 
 aten = torch.ops.aten
 
@@ -144,9 +154,31 @@ class Lowering:
     def _lower_conv_dgrad(self, node: fx.Node) -> Step:
         s, weight, size, stride, padding, dilation, groups = node.args
         if not self._plain_dgrad(node):
-            return Step(node, TRANSPOSES["conv_dgrad"][1], (s, self._weight(weight), *node.args[2:]))
+            return self._transposed_convolution(node) or Step(
+                node, TRANSPOSES["conv_dgrad"][1], (s, self._weight(weight), *node.args[2:])
+            )
         function, args = _pointwise(*self._dgrad_operands(node), _NO_EPILOGUE)
         return Step(node, function, args, note="as a convolution")
+
+    def _transposed_convolution(self, node: fx.Node) -> Step | None:
+        """A strided transpose in oneDNN, with its weight in oneDNN's layout; None where that does not take it."""
+        s, weight, size, stride, padding, dilation, groups = node.args
+        if weight.op != "get_attr" or not _one_dnn(node):
+            return None
+        rest = left_over(size, static_sizes(s, (2, 3)), value(weight).shape[2:], stride, padding, dilation)
+        if any(not 0 <= r < t for r, t in zip(rest, stride, strict=True)):
+            return None
+        like = [self._batch, *static_sizes(s, (1, 2, 3))]
+        packed = self._prepare(
+            weight,
+            f"transposed {like} {rest} {stride} {padding} {dilation}",
+            lambda t: torch.ops.mkldnn._reorder_convolution_transpose_weight(
+                _channels_last(t), padding, rest, stride, dilation, groups, like
+            ),
+        )
+        function = torch.ops.mkldnn._convolution_transpose_pointwise.default
+        args = (s, packed, None, padding, rest, stride, dilation, groups, *_NO_EPILOGUE)
+        return Step(node, function, args, note="as a transposed convolution")
 
     def _plain_dgrad(self, node: fx.Node) -> bool:
         """Whether a transpose is a plain convolution with flipped weights that are made beforehand."""
