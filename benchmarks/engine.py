@@ -168,16 +168,16 @@ def profile(row: Row, backend: str = "auto") -> str:
     work = peers.workload(row.model, row.batch)
     explainer = lrpfast.Explainer(work.model, work.inputs, composite=peers.composite(row.composite), backend=backend)
     steps = explainer.profile(work.inputs, repeats=7)
-    total = sum(seconds for _, _, seconds in steps)
+    total = sum(step.seconds for step in steps)
     kinds: dict[str, list[float]] = {}
-    for _, operation, seconds in steps:
-        kinds.setdefault(operation, []).append(seconds)
+    for step in steps:
+        kinds.setdefault(step.operation, []).append(step.seconds)
 
     def line(name: str, seconds: float, calls: int) -> str:
         return f"{seconds * 1000:10.2f} ms {seconds / total:7.1%} {calls:6d}  {name}"
 
     by_kind = sorted(kinds.items(), key=lambda item: -sum(item[1]))
-    longest = sorted(steps, key=lambda step: -step[2])[:25]
+    longest = sorted(steps, key=lambda step: -step.seconds)[:25]
     return "\n".join(
         [
             f"{row.name}, batch {row.batch}, backend {backend}: {total * 1000:.1f} ms in {len(steps)} steps",
@@ -185,7 +185,7 @@ def profile(row: Row, backend: str = "auto") -> str:
             *(line(name, sum(seconds), len(seconds)) for name, seconds in by_kind),
             "",
             "the longest steps",
-            *(line(f"{operation} of {module or 'the model'}", seconds, 1) for module, operation, seconds in longest),
+            *(line(f"{step.operation} of {step.module or 'the model'}", step.seconds, 1) for step in longest),
         ]
     )
 

@@ -102,6 +102,20 @@ def lrpfast(work: Workload, name: str, *, backend: str, precision: str | None = 
     return call
 
 
+def compiled(work: Workload, name: str) -> Callable[[], object]:
+    """`torch.compile` of the same program, compiled before the timing."""
+    import lrpfast as package
+
+    explainer = package.Explainer(work.model, work.inputs, composite=composite(name), backend="torch")
+    program = torch.compile(explainer.program, fullgraph=True)
+
+    def call() -> object:
+        with torch.no_grad():
+            return program(work.inputs, work.targets)
+
+    return call
+
+
 # Convolutions a layer in the cheapest exact schedule of each composite: (forward, input gradient) where the output is used
 # by a ReLU alone, and where it is signed. The first layer is counted like the others: it is a small part.
 SCHEDULES = {

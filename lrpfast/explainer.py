@@ -7,6 +7,7 @@ that names it, and no map leaves that is not finite.
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -26,9 +27,10 @@ from lrpfast.errors import CaptureError, InputError
 from lrpfast.explanation import Explanation
 from lrpfast.graph import Program
 from lrpfast.ops import native
-from lrpfast.plan import Plan, make_plan
+from lrpfast.plan import Plan, StepTime, make_plan, step_time
 from lrpfast.relevance import Joint, Seed, default_seed, transform
 from lrpfast.runtime import Executor
+from lrpfast.runtime.tune import Tuner
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _KEPT_PROGRAMS = 4
@@ -43,6 +45,7 @@ class Compiled:
     rules: dict[fx.Node, Assignment]
     record: tuple[str, ...]
     backend: str
+    autotune: bool
     fingerprint: tuple
     _joints: dict[Seed, Joint] = dataclasses.field(default_factory=dict)
     _executors: dict[tuple[Seed, bool, int], Executor] = dataclasses.field(default_factory=dict)
@@ -60,10 +63,21 @@ class Compiled:
         """The executor for a batch: of one, where oneDNN wants some weights laid out otherwise, or of several."""
         key = (seed, repeated, 1 if batch == 1 else 8)
         if key not in self._executors:
-            self._executors[key] = Executor(self.joint(seed), self.backend, *key[1:])
-            for program in (self.joint(seed).program, self.program):
-                program.constants.let_go()
+            self._executors[key] = self._build(seed, repeated, key[2])
         return self._executors[key]
+
+    def timed(self, batch: int, timer: Callable[[fx.Node, str, float], None]) -> Executor:
+        """An executor that reports what each step takes."""
+        return self._build(Seed.LOGIT, False, 1 if batch == 1 else 8, timer)
+
+    def _build(self, seed: Seed, repeated: bool, batch: int, timer: Any = None) -> Executor:
+        tuner = Tuner() if self.autotune else None
+        executor = Executor(self.joint(seed), self.backend, repeated, batch, tuner, timer)
+        if tuner is not None:
+            tuner.save()
+        for program in (self.joint(seed).program, self.program):
+            program.constants.let_go()
+        return executor
 
 
 class Explainer:
@@ -86,6 +100,10 @@ class Explainer:
         "auto": the fastest operators on this machine; "torch": pure-torch reference operators; "native": the compiled ones.
     record
         Names of modules (globs) whose relevance is returned as well: that of the value which leaves the module.
+    autotune
+        Whether kernels are chosen on a CPU by timing them when a program is made, which takes some seconds where this machine has
+        not timed the shapes before; choices are kept on disk (``LRPFAST_CACHE_DIR``) and shown by `plan`. All choices give
+        the same map to rounding.
 
     Raises
     ------
@@ -105,6 +123,7 @@ class Explainer:
         precision: str | None = None,
         backend: str = "auto",
         record: Sequence[str] = (),
+        autotune: bool = True,
     ) -> None:
         if not isinstance(model, (torch.nn.Module, ExportedProgram)):
             raise InputError(f"model must be a torch.nn.Module or an ExportedProgram, got {type(model).__name__}")
@@ -117,6 +136,7 @@ class Explainer:
         self._precision = None if precision is None else _PRECISIONS[precision]
         self._backend = _resolve_backend(backend)
         self._record = tuple(record)
+        self._autotune = autotune and self._backend == "native"
         self._compiled: OrderedDict[tuple, Compiled] = OrderedDict()
         self._latest: Compiled | None = None
         self._lock = threading.Lock()
@@ -196,25 +216,23 @@ class Explainer:
         """The composite in use."""
         return self._composite
 
-    def profile(self, inputs: torch.Tensor | Sequence[torch.Tensor], repeats: int = 5) -> list[tuple[str, str, float]]:
-        """Seconds of each step of the program, the median of some runs: (module, operation, seconds)."""
+    def profile(self, inputs: torch.Tensor | Sequence[torch.Tensor], repeats: int = 5) -> list[StepTime]:
+        """Time each step of the program on a batch, run in one part: medians, with what each step has to do."""
         tensors = checks.as_inputs(inputs)
         compiled = self._compile(tensors)
+        batch = tensors[0].shape[0]
         times: dict[fx.Node, list[float]] = {}
-        executor = Executor(
-            compiled.joint(Seed.LOGIT),
-            self._backend,
-            batch=tensors[0].shape[0],
-            timer=lambda node, note, s: times.setdefault(node, []).append(s),
-        )
-        target = torch.full((tensors[0].shape[0],), -1, dtype=torch.int64, device=tensors[0].device)
+        with self._lock:
+            executor = compiled.timed(batch, lambda node, note, s: times.setdefault(node, []).append(s))
+        target = torch.full((batch,), -1, dtype=torch.int64, device=tensors[0].device)
         for _ in range(repeats):
             with torch.no_grad():
                 run = executor.start(*_prepare(compiled, tensors))
                 next(run)
                 run.send(target)
-        labels = {s.node: (s.node.meta.get("path", ""), _step_name(s)) for s in executor.steps}
-        return [(*labels[n], sorted(t)[len(t) // 2]) for n, t in times.items()]
+        return [
+            step_time(step, statistics.median(times[step.node]), batch) for step in executor.steps if step.node in times
+        ]
 
     def save(self, path: str | PathLike[str], extra: dict[str, Any] | None = None) -> None:
         """Save the joint program as a ``.pt2`` file that needs neither the model nor its code; see `lrpfast.load`.
@@ -307,7 +325,7 @@ class Explainer:
                 )
         program = canonicalise(captured.program, self._precision)
         rules = assign(program, self._composite)
-        compiled = Compiled(program, captured.pack, rules, self._record, self._backend, fingerprint)
+        compiled = Compiled(program, captured.pack, rules, self._record, self._backend, self._autotune, fingerprint)
         for node in compiled.joint(compiled.default_seed).program.inputs:
             _check_batch(node)
         return compiled
@@ -320,12 +338,6 @@ def _check_batch(node: fx.Node) -> None:
             f"the program is bound to a batch of {batch}: an exported program must have dynamic_shapes for dim 0, and a model must "
             "not compare the batch with a constant"
         )
-
-
-def _step_name(step: Any) -> str:
-    from lrpfast.graph import operation_name
-
-    return operation_name(step.node) + (f" ({step.note})" if step.note else "")
 
 
 def _resolve_backend(backend: str) -> str:

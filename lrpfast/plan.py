@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
+from typing import Any, NamedTuple
 
+import torch
 from torch import fx
 
 from lrpfast.graph import is_tensor, operation_name, value
 from lrpfast.relevance import Joint
 from lrpfast.runtime import Executor
+from lrpfast.runtime.step import Step
 
 _MAC_OPERATIONS = ("convolution", "linear", "conv_dgrad")
 
@@ -38,6 +42,7 @@ class Plan:
     rows: tuple[Row, ...]
     facts: str
     steps: int
+    choices: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -55,8 +60,10 @@ class Plan:
         Console(file=buffer, width=140, force_terminal=False, no_color=True).print(table)
         forward, total = sum(r.forward_gmacs for r in self.rows), sum(r.gmacs for r in self.rows)
         ratio = f", {(forward + total) / forward:.2f} times the forward pass" if forward else ""
+        chosen = "".join(f"\n  {line}" for line in self.choices)
         return (
             f"{buffer.getvalue()}facts: {self.facts}\nsteps: {self.steps}\n"
+            f"{f'kernels chosen by timing:{chosen}' if chosen else 'kernels: the defaults, nothing was timed'}\n"
             f"multiplications a sample: {forward:.3f} GMAC forward, {total:.3f} GMAC for the relevance{ratio}"
         )
 
@@ -77,7 +84,36 @@ def make_plan(joint: Joint, executor: Executor, composite: str) -> Plan:
         cost = backward.pop(path, 0.0) if own else 0.0
         how = joint.notes.get(node, "")
         rows.append(Row(layer.name, layer.operation, rule, assignment.why, how, own, cost))
-    return Plan(composite, tuple(rows), str(joint.facts), len(executor.steps))
+    return Plan(composite, tuple(rows), str(joint.facts), len(executor.steps), tuple(executor.choices))
+
+
+class StepTime(NamedTuple):
+    """What one step of a program took: ``flops`` counts multiplications and additions of convolutions and dense layers, ``bytes``
+    what is read and written at least."""
+
+    module: str
+    operation: str
+    seconds: float
+    flops: float
+    bytes: int
+
+
+def step_time(step: Step, seconds: float, batch: int) -> StepTime:
+    """Put a time beside what the step has to do for a batch."""
+    node = step.node
+    name = operation_name(node) + (f" ({step.note})" if step.note else "")
+    layer = node.args[0] if step.note.startswith("with its") and not _gmacs(node) else node
+    touched: list[fx.Node] = []
+    fx.map_arg((step.args, step.kwargs), touched.append)
+    tensors = [t for n in {*touched, node} for t in _tensors(n.meta.get("val"))]
+    tensors += [a for a in step.args if isinstance(a, torch.Tensor)]
+    size = sum(math.prod(n if isinstance(n, int) else batch for n in t.shape) * t.element_size() for t in tensors)
+    return StepTime(node.meta.get("path", ""), name, seconds, 2e9 * batch * _gmacs(layer), size)
+
+
+def _tensors(found: Any) -> list[torch.Tensor]:
+    results = found if isinstance(found, (tuple, list)) else [found]
+    return [t for t in results if isinstance(t, torch.Tensor)]
 
 
 def _gmacs(node: fx.Node) -> float:

@@ -1,6 +1,9 @@
 """What every test shares: one hypothesis profile, few threads, and a fixed random state."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import hypothesis
 import pytest
@@ -8,6 +11,10 @@ import torch
 
 # Workers share the cores: one thread each, else at most two.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
+
+# What is timed here, several workers at once, must not be remembered as this machine's choices.
+os.environ["LRPFAST_CACHE_DIR"] = tempfile.mkdtemp(prefix="lrpfast-tests-")
+atexit.register(shutil.rmtree, os.environ["LRPFAST_CACHE_DIR"], ignore_errors=True)
 
 # Each example compiles a network, which takes a good part of a second: no deadline, few examples. The draws are the same in every run,
 # so that a failure is a failure of the change at hand, and it is shown as found. LRPFAST_HYPOTHESIS=explore looks further, and shrinks.

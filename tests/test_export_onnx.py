@@ -209,16 +209,18 @@ def test_recorded_layers_are_outputs(tmp_path: Path) -> None:
     assert len(session_of(tmp_path / "program.onnx").get_outputs()) == 3
 
 
+# One composite a network; the others on request.
+_NETWORKS = {("resnet18", "epsilon_plus_flat"), ("vgg11_bn", "epsilon_gamma_box")}
+
+
 @pytest.mark.parametrize(
-    "composite",
+    ("name", "composite"),
     [
-        pytest.param(
-            c, marks=pytest.mark.slow if c in ("epsilon_plus_flat", "epsilon_gamma_box") else pytest.mark.exhaustive
-        )
+        pytest.param(n, c, marks=pytest.mark.slow if (n, c) in _NETWORKS else pytest.mark.exhaustive)
+        for n in ("resnet18", "vgg11_bn")
         for c in COMPOSITES
     ],
 )
-@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn"])
 def test_networks(name: str, composite: str, tmp_path: Path) -> None:
     inputs = images(2, 64, seed=7)
     explainer = export(torchvision_network(name), inputs, composite, tmp_path / "program.onnx")

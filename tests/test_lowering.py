@@ -108,7 +108,7 @@ def test_fused_steps_give_the_same(run: Callable[[Net, Tensor], Tensor], composi
 def test_what_is_fused(run: Callable[[Net, Tensor], Tensor]) -> None:
     x = torch.randn(3, 4, 11, 13)
     steps = lrpfast.Explainer(Net(run).eval(), x).profile(x, repeats=1)
-    notes = [operation for _, operation, _ in steps]
+    notes = [step.operation for step in steps]
     for note in FUSED[run]:
         assert any(note in operation for operation in notes), notes
     assert "ge" not in notes  # the mask of a choice by sign
@@ -139,7 +139,7 @@ def test_strided_transposes(kernel: int, stride: int, padding: int, dilation: in
         ).eval()  # fmt: skip
         x = torch.randn(batch, 3, *size)
         explainer = lrpfast.Explainer(model, x, composite="epsilon_plus")
-        assert "conv_dgrad (as a transposed convolution)" in [name for _, name, _ in explainer.profile(x, repeats=1)]
+        assert "conv_dgrad (as a transposed convolution)" in [s.operation for s in explainer.profile(x, repeats=1)]
         exact = lrpfast.explain(copy.deepcopy(model).double(), x.double(), composite="epsilon_plus").relevance
         found = explainer(x).relevance.double()
         assert torch.linalg.vector_norm(found - exact) <= 1e-5 * torch.linalg.vector_norm(exact)

@@ -89,7 +89,7 @@ def test_maps_are_zennits(network: str, composite: str) -> None:
     assert distance(chosen.lrpfast(composite, torch.float32), chosen.zennit(composite, torch.float32)) < 10 * own
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", ["alexnet", "resnet18"])
 def test_maps_are_zennits_for_the_seed_one(network: str) -> None:
     chosen, composite = case(network), "epsilon_plus_flat"
     exact = chosen.zennit(composite, torch.float64, seed="one")

@@ -18,9 +18,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from lrpfast.graph import operation_name
 from lrpfast.relevance import Joint
-from lrpfast.runtime.lower import Lowering, Step
+from lrpfast.runtime.convolutions import Convolutions
+from lrpfast.runtime.lower import Lowering
 from lrpfast.runtime.memory import keep_freed_memory
+from lrpfast.runtime.step import Step
+from lrpfast.runtime.tune import Tuner
 
 Run = Generator[Any, Any, None]
 
@@ -42,6 +46,8 @@ class Executor:
         Whether the part that depends on the target is to run several times.
     batch
         The batch that weights are laid out for; any other runs as well.
+    tuner
+        Where given, kernels are chosen by timing.
     timer
         Called with (node, note, seconds) after every step, for profiles.
     """
@@ -52,6 +58,7 @@ class Executor:
         backend: str,
         repeated: bool = False,
         batch: int = 8,
+        tuner: Tuner | None = None,
         timer: Callable[[fx.Node, str, float], None] | None = None,
     ) -> None:
         graph = joint.program.graph
@@ -74,9 +81,11 @@ class Executor:
         on_cpu = all(i.meta["val"].device.type == "cpu" for i in self._inputs)
         if on_cpu:
             keep_freed_memory()
-        lowering = Lowering(joint.program, ordered, keep, backend, batch)
+        convolutions = Convolutions(joint.program.constants, batch, tuner)
+        lowering = Lowering(joint.program, ordered, keep, backend, convolutions)
         steps = lowering.steps()
         self.steps = steps
+        self.choices = [] if tuner is None else _choices(convolutions, tuner)
         self._source, self._names = _generate(
             lowering, steps, segments, self._inputs, self._results, keep, repeated, timer
         )
@@ -94,6 +103,16 @@ class Executor:
     def start(self, *inputs: torch.Tensor) -> Run:
         """Begin a run: `next` gives the output; `send(target)` then gives the relevances, once for each target."""
         return self._function(*inputs)
+
+
+def _choices(convolutions: Convolutions, tuner: Tuner) -> list[str]:
+    """A line for each step that was chosen by timing: what was taken and what each way takes."""
+    lines = []
+    for node, key in convolutions.tuned.items():
+        entry = tuner.choices[key]
+        times = ", ".join(f"{way} {seconds * 1000:.2f} ms" for way, seconds in entry["seconds"].items())
+        lines.append(f"{node.meta.get('path', '') or operation_name(node)}: {entry['way']} ({times})")
+    return lines
 
 
 def _bytes_a_sample(lowering: Lowering, steps: list[Step]) -> int:

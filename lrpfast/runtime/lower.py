@@ -7,7 +7,6 @@ weights), in which memory (in place where the operand dies), and in which layout
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -23,24 +22,14 @@ from lrpfast.graph import (
     rank,
     same_shape,
     same_sizes,
-    static_sizes,
     value,
 )
 from lrpfast.ops import native, reference
-from lrpfast.ops.transposes import TRANSPOSES, fits_plain_convolution, flipped_weight, left_over
+from lrpfast.ops.transposes import TRANSPOSES
+from lrpfast.runtime.convolutions import Convolutions
+from lrpfast.runtime.step import Step
 
 aten = torch.ops.aten
-
-
-@dataclasses.dataclass
-class Step:
-    """One call: `node` is its result; `args` hold nodes, tensors and plain values."""
-
-    node: fx.Node
-    function: Callable[..., Any]
-    args: tuple
-    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    note: str = ""
 
 
 _VIEWS = {
@@ -91,14 +80,20 @@ class Liveness:
 class Lowering:
     """Lowers the nodes of one program for one backend."""
 
-    def __init__(self, program: Program, nodes: list[fx.Node], keep: set[fx.Node], backend: str, batch: int) -> None:
+    def __init__(
+        self,
+        program: Program,
+        nodes: list[fx.Node],
+        keep: set[fx.Node],
+        backend: str,
+        convolutions: Convolutions,
+    ) -> None:
         self.program = program
-        self._batch = batch
+        self.convolutions = convolutions
         self.nodes = nodes
         self.liveness = Liveness(nodes, keep)
         self.keep = keep
         self.kernels = native if backend == "native" else reference
-        self._prepared: dict[tuple[str, str], torch.Tensor] = {}
         self._computed: set[fx.Node] = set()  # by an earlier step, together with its operand
         self._postponed: set[fx.Node] = set()  # to the step that adds it to another value
 
@@ -116,108 +111,24 @@ class Lowering:
     # --- constants ---
 
     def constant(self, name: str) -> torch.Tensor:
-        """A constant as steps use it: convolution weights lie channels-last."""
+        """A constant that a step takes as it is."""
         return self.program.constants[name]
-
-    def _prepare(self, node: fx.Node, kind: str, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        key = (node.target, kind)
-        if key not in self._prepared:
-            with torch.no_grad():
-                self._prepared[key] = make(self.program.constants[node.target])
-        return self._prepared[key]
-
-    def _weight(self, node: fx.Node) -> Any:
-        if node.op != "get_attr" or rank(node) != 4:
-            return node
-        return self._prepare(node, "weight", lambda t: t.contiguous(memory_format=torch.channels_last))
 
     # --- layers ---
 
-    def _lower_convolution(self, node: fx.Node) -> Step | None:
-        x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args
-        if transposed or not _one_dnn(node) or weight.op != "get_attr":
-            return Step(node, node.target, (x, self._weight(weight), *node.args[2:]))
-        packed = self._packed(weight, _channels_last, x, stride, padding, dilation, groups)
-        layer = (x, packed, bias, stride, padding, dilation, groups)
-        activation = self._only_user(node)
-        epilogue = None if activation is None else _epilogue(activation)
-        if activation is None or epilogue is None:
-            return Step(node, *_pointwise(*layer, _NO_EPILOGUE))
-        self._computed.add(activation)
-        return Step(activation, *_pointwise(*layer, epilogue), note=f"with its {_SHOWN[operation_name(activation)]}")
+    def _lower_convolution(self, node: fx.Node) -> Step:
+        step = self.convolutions.forward(node, self._only_user(node))
+        if step.node is not node:
+            self._computed.add(step.node)
+        return step
+
+    def _lower_conv_dgrad(self, node: fx.Node) -> Step:
+        return self.convolutions.dgrad(node)
 
     def _only_user(self, node: fx.Node) -> fx.Node | None:
         """The only user of a value that nothing else needs."""
         users = list(node.users)
         return users[0] if len(users) == 1 and node not in self.keep else None
-
-    def _lower_conv_dgrad(self, node: fx.Node) -> Step:
-        s, weight, size, stride, padding, dilation, groups = node.args
-        if not self._plain_dgrad(node):
-            return self._transposed_convolution(node) or Step(
-                node, TRANSPOSES["conv_dgrad"][1], (s, self._weight(weight), *node.args[2:])
-            )
-        function, args = _pointwise(*self._dgrad_operands(node), _NO_EPILOGUE)
-        return Step(node, function, args, note="as a convolution")
-
-    def _transposed_convolution(self, node: fx.Node) -> Step | None:
-        """A strided transpose in oneDNN, with its weight in oneDNN's layout; None where that does not take it."""
-        s, weight, size, stride, padding, dilation, groups = node.args
-        if weight.op != "get_attr" or not _one_dnn(node):
-            return None
-        rest = left_over(size, static_sizes(s, (2, 3)), value(weight).shape[2:], stride, padding, dilation)
-        if any(not 0 <= r < t for r, t in zip(rest, stride, strict=True)):
-            return None
-        like = [self._batch, *static_sizes(s, (1, 2, 3))]
-        packed = self._prepare(
-            weight,
-            f"transposed {like} {rest} {stride} {padding} {dilation}",
-            lambda t: torch.ops.mkldnn._reorder_convolution_transpose_weight(
-                _channels_last(t), padding, rest, stride, dilation, groups, like
-            ),
-        )
-        function = torch.ops.mkldnn._convolution_transpose_pointwise.default
-        args = (s, packed, None, padding, rest, stride, dilation, groups, *_NO_EPILOGUE)
-        return Step(node, function, args, note="as a transposed convolution")
-
-    def _plain_dgrad(self, node: fx.Node) -> bool:
-        """Whether a transpose is a plain convolution with flipped weights that are made beforehand."""
-        _, weight, size, stride, padding, dilation, groups = node.args
-        fits = fits_plain_convolution(value(weight).shape, stride, padding, dilation, groups)
-        return weight.op == "get_attr" and fits and _one_dnn(node)
-
-    def _dgrad_operands(
-        self, node: fx.Node
-    ) -> tuple[fx.Node, torch.Tensor, None, list[int], list[int], list[int], int]:
-        """Operands of the plain convolution that a transpose is."""
-        s, weight, _, stride, padding, dilation, groups = node.args
-        inverse = [d * (k - 1) - p for d, k, p in zip(dilation, value(weight).shape[2:], padding, strict=True)]
-
-        def flip(t: torch.Tensor) -> torch.Tensor:
-            return _channels_last(flipped_weight(t, groups))
-
-        return (
-            s,
-            self._packed(weight, flip, s, stride, inverse, dilation, groups),
-            None,
-            stride,
-            inverse,
-            dilation,
-            groups,
-        )
-
-    def _packed(
-        self, weight: fx.Node, arrange: Callable[[torch.Tensor], torch.Tensor], x: fx.Node, stride: list[int],
-        padding: list[int], dilation: list[int], groups: int,
-    ) -> torch.Tensor:  # fmt: skip
-        """A weight in the layout that oneDNN chooses for the layer; torch would reorder it at every call."""
-        size = [self._batch, *(int(n) for n in value(x).shape[1:])]
-        kind = f"{arrange.__name__} {size} {stride} {padding} {dilation}"
-        return self._prepare(
-            weight,
-            kind,
-            lambda t: torch.ops.mkldnn._reorder_convolution_weight(arrange(t), padding, stride, dilation, groups, size),
-        )
 
     def _lower_linear(self, node: fx.Node) -> Step | None:
         return Step(node, _small_batch_linear, node.args) if rank(node) == 2 else None
@@ -327,11 +238,13 @@ class Lowering:
     def _accumulated(self, node: fx.Node, left: fx.Node, right: fx.Node) -> Step | None:
         """The sum of two transposes: the second is added to the first by the convolution that computes it."""
         transposes = [
-            n for n in (left, right) if n.target is torch.ops.lrpfast.conv_dgrad.default and self._plain_dgrad(n)
+            n
+            for n in (left, right)
+            if n.target is torch.ops.lrpfast.conv_dgrad.default and self.convolutions.is_plain(n)
         ]
         if len(transposes) != 2 or len(right.users) != 1 or right in self.keep:
             return None
-        s, packed, _, stride, padding, dilation, groups = self._dgrad_operands(right)
+        s, packed, _, stride, padding, dilation, groups = self.convolutions.plain_operands(right)
         self._postponed.add(right)
         args: tuple = (left, s, packed, None, padding, stride, dilation, groups, "add", 1.0, None, [], None)
         return Step(node, torch.ops.mkldnn._convolution_pointwise_.binary, args, note="added by a convolution")
@@ -380,47 +293,10 @@ def _into_pair(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-_Epilogue = tuple[str, list[float], str]  # an activation's name, numbers and algorithm
-_NO_EPILOGUE: _Epilogue = ("none", [], "")
-_SHOWN = {"relu": "ReLU", "hardtanh": "clamp"}
-
-
-def _epilogue(node: fx.Node) -> _Epilogue | None:
-    """An activation as an epilogue; those alone that oneDNN computes to the last digit as torch does."""
-    if node.target is aten.relu.default:
-        return "relu", [], ""
-    if node.target is aten.hardtanh.default:
-        low, high = argument(node, 1, "min_val", -1.0), argument(node, 2, "max_val", 1.0)
-        return "hardtanh", [float(low), float(high)], ""
-    return None
-
-
 def _is_plain_sum(node: fx.Node) -> bool:
     """Whether a node is the sum of two tensors."""
     tensors = node.target is aten.add.Tensor and all(is_tensor(a) for a in node.args[:2])
     return tensors and argument(node, 2, "alpha", 1) == 1
-
-
-def _one_dnn(node: fx.Node) -> bool:
-    """Whether oneDNN's convolution takes what torch's does: images in float32 or bfloat16 on a CPU that has it."""
-    fake = value(node)
-    if rank(node) != 4 or fake.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    narrow = fake.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return fake.dtype is torch.float32 or narrow
-
-
-def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)
-
-
-def _pointwise(
-    x: fx.Node, weight: torch.Tensor, bias: fx.Node | None, stride: list[int], padding: list[int], dilation: list[int],
-    groups: int, epilogue: _Epilogue,
-) -> tuple[Callable[..., Any], tuple]:  # fmt: skip
-    """oneDNN's convolution with an epilogue: the function and its arguments."""
-    args: tuple = (x, weight, bias, padding, stride, dilation, groups, *epilogue)
-    return torch.ops.mkldnn._convolution_pointwise.default, args
 
 
 # With the weight as the left factor it is read once, in its own order.

@@ -1,0 +1,318 @@
+"""How near explanations come to the limit of a CPU: `python -m benchmarks.cpu`.
+
+Four sections, all by default:
+
+    models      explanations in forward passes, beside zennit, `torch.compile` of the same program, and bfloat16; peak memory
+    build       seconds until an explainer of a ResNet-50 can be called, with and without timing of kernels
+    layers      for each kind of step: time, and the floor that its operations and bytes set at the rates measured here
+    precision   how far bfloat16 maps are from float32 ones, on a trained network and on a random one
+
+    python -m benchmarks.cpu --sections models --rows vgg16
+    python -m benchmarks.cpu --markdown                  the models' table as it stands in the README
+
+The forward pass is the user's own model in eval mode, eager, channels last, without gradients; all variants of a row run
+interleaved in this one process. Results go to benchmarks/results/cpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import machine, memory, peers
+from benchmarks.timing import interleaved
+
+RESULTS = Path(__file__).parent / "results" / "cpu.json"
+SECTIONS = ("models", "build", "layers", "precision")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A workload; how many forward passes it may take, and how many times faster than zennit it must be."""
+
+    model: str
+    batch: int
+    composite: str
+    limit: float
+    zennit: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}:{self.batch}:{self.composite}"
+
+
+ROWS = (
+    Row("resnet50", 8, "epsilon_plus_flat", 2.4, 4.8),
+    Row("resnet50", 8, "epsilon_gamma_box", 3.0, 6.4),
+    Row("resnet50", 1, "epsilon_plus_flat", 2.6),
+    Row("resnet50", 1, "epsilon_gamma_box", 3.3),
+    Row("vgg16", 4, "epsilon_plus_flat", 2.6, 3.0),
+    Row("vgg16", 4, "epsilon_gamma_box", 2.8, 5.0),
+    Row("densenet121", 8, "epsilon_plus_flat", 2.6),
+    Row("mobilenet_v2", 8, "epsilon_plus_flat", 2.6),
+)
+
+Maker = Callable[[peers.Workload, Row], Callable[[], object]]
+COLUMNS: dict[str, Maker] = {
+    "forward": lambda work, row: peers.forward(work),
+    "lrpfast": lambda work, row: peers.lrpfast(work, row.composite, backend="auto"),
+    "bfloat16": lambda work, row: peers.lrpfast(work, row.composite, backend="auto", precision="bfloat16"),
+    "zennit": lambda work, row: peers.zennit(work, row.composite),
+    "compiled": lambda work, row: peers.compiled(work, row.composite),
+}
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def measure(row: Row, columns: list[str], repeats: int, threads: int) -> dict[str, Any]:
+    """Time the columns of one row, and the peak of its memory."""
+    work = peers.workload(row.model, row.batch)
+    wanted = [c for c in columns if c != "zennit" or row.zennit]
+    timings = interleaved({c: COLUMNS[c](work, row) for c in wanted}, rounds=repeats)
+    del work
+    gc.collect()
+    unit = timings["forward"].median
+    gradient = memory.peak(row.model, row.batch, threads, "gradient")
+    own = memory.peak(row.model, row.batch, threads, "lrpfast", row.composite, "auto")
+    return {
+        **dataclasses.asdict(row),
+        "forward_ms": round(unit * 1000, 1),
+        "ratio": {name: round(timing.median / unit, 3) for name, timing in timings.items()},
+        "spread": {name: round(timing.spread, 3) for name, timing in timings.items()},
+        "seconds": {name: [round(s, 5) for s in timing.seconds] for name, timing in timings.items()},
+        "memory": round(own / gradient, 3),
+    }
+
+
+HEADER = (
+    "model, batch, composite", "forward", "lrpfast (limit)", "bfloat16 / float32", "zennit / lrpfast (at least)",
+    "torch.compile", "memory / gradient's",
+)  # fmt: skip
+
+
+def cells(result: dict[str, Any]) -> tuple[str, ...]:
+    """A row of the table."""
+    ratio = result["ratio"]
+    own = ratio["lrpfast"]
+    zennit = f"{ratio['zennit'] / own:.1f} ({result['zennit']})" if "zennit" in ratio else "–"
+    return (
+        f"{result['model']}, {result['batch']}, `{result['composite']}`",
+        f"{result['forward_ms']:.0f} ms",
+        f"{own:.2f} ({result['limit']})",
+        f"{ratio['bfloat16'] / own:.2f}" if "bfloat16" in ratio else "–",
+        zennit,
+        f"{ratio['compiled']:.2f}" if "compiled" in ratio else "–",
+        f"{result['memory']:.2f}",
+    )
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]], *, markdown: bool) -> str:
+    """Aligned text, or a markdown table."""
+    if markdown:
+        lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+        return "\n".join([lines[0], "| --- |" + " ---: |" * (len(header) - 1), *lines[1:]])
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
+    )
+
+
+# ---- build -----------------------------------------------------------------------------------------------------------
+
+
+def build(repeats: int = 3) -> dict[str, float]:
+    """Seconds to make an explainer of a ResNet-50: without timing kernels, timing all, and with the choices on disk."""
+    import os
+
+    import lrpfast
+
+    work = peers.workload("resnet50", 8)
+    before = os.environ.get("LRPFAST_CACHE_DIR")
+
+    def make(autotune: bool) -> float:
+        begin = time.perf_counter()
+        lrpfast.Explainer(work.model, work.inputs, autotune=autotune)
+        return time.perf_counter() - begin
+
+    seconds: dict[str, list[float]] = {"without timing": [], "timing all": [], "choices on disk": []}
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["LRPFAST_CACHE_DIR"] = folder
+            seconds["without timing"].append(make(False))
+            seconds["timing all"].append(make(True))
+            seconds["choices on disk"].append(make(True))
+    os.environ.pop("LRPFAST_CACHE_DIR")
+    if before is not None:
+        os.environ["LRPFAST_CACHE_DIR"] = before
+    return {name: round(statistics.median(values), 2) for name, values in seconds.items()}
+
+
+# ---- layers ----------------------------------------------------------------------------------------------------------
+
+
+def rates() -> dict[str, float]:
+    """What this machine does at best: multiplications and additions a second in oneDNN's best convolution, bytes a second in a copy."""
+    memory_format = torch.channels_last
+    x = torch.randn(8, 512, 7, 7).to(memory_format=memory_format)
+    weight = torch.randn(512, 512, 3, 3).to(memory_format=memory_format)
+    pack = torch.ops.mkldnn._reorder_convolution_weight
+    packed = pack(weight, [1, 1], [1, 1], [1, 1], 1, list(x.shape))
+    arguments = (x, packed, None, [1, 1], [1, 1], [1, 1], 1, "none", [], "")
+    source, target = torch.ones(2**26), torch.ones(2**26)
+    with torch.no_grad():
+        timings = interleaved(
+            {
+                "convolution": lambda: torch.ops.mkldnn._convolution_pointwise(*arguments),
+                "copy": lambda: target.copy_(source),
+            },
+            rounds=15,
+        )
+    flops = 2 * 8 * 49 * 512 * 512 * 9 / timings["convolution"].median
+    return {"flops": flops, "bytes": 2 * 4 * 2**26 / timings["copy"].median}
+
+
+def layers(row: Row, best: dict[str, float]) -> list[dict[str, Any]]:
+    """Time and floor of each kind of step: the larger of what its operations and its bytes take at the best rates."""
+    import lrpfast
+
+    work = peers.workload(row.model, row.batch)
+    explainer = lrpfast.Explainer(work.model, work.inputs, composite=peers.composite(row.composite))
+    kinds: dict[str, dict[str, Any]] = {}
+    for step in explainer.profile(work.inputs, repeats=9):
+        kind = kinds.setdefault(step.operation, {"steps": 0, "ms": 0.0, "floor_ms": 0.0})
+        kind["steps"] += 1
+        kind["ms"] += step.seconds * 1000
+        is_view = step.seconds < 2e-5
+        floor = max(step.flops / best["flops"], 0 if is_view else step.bytes / best["bytes"])
+        kind["floor_ms"] += min(floor, step.seconds) * 1000
+    ordered = sorted(kinds.items(), key=lambda item: -item[1]["ms"])
+    return [{"operation": name, **{k: round(v, 2) for k, v in kind.items()}} for name, kind in ordered]
+
+
+# ---- precision -------------------------------------------------------------------------------------------------------
+
+
+def precision() -> list[dict[str, Any]]:
+    """Distance of bfloat16 maps from float32 ones: relative L2 and rank correlation, means over images."""
+    import lrpfast
+    from lrpfast import composites, demo
+
+    pictures, classes = demo.digits()
+    images = pictures[:, None].float() / 255
+    trained = demo.train(images[32:], classes[32:])
+    random = peers.workload("resnet18", 8)
+    cases: dict[str, tuple[Any, torch.Tensor, Any, Any]] = {
+        "trained on digits": (trained, images[:32], 0.0, 1.0),
+        "random ResNet-18": (random.model, random.inputs, peers.LOW, peers.HIGH),
+    }
+    found = []
+    for network, (model, inputs, low, high) in cases.items():
+        for name in composites.names():
+            options = {"low": low, "high": high} if composites.needs_range(name) else {}
+            composite = composites.get(name, **options)
+            exact = lrpfast.explain(model, inputs, composite=composite)
+            narrow = lrpfast.explain(model, inputs, target=exact.target, composite=composite, precision="bfloat16")
+            a, b = exact.relevance.flatten(1).double(), narrow.relevance.flatten(1).double()
+            distance = ((a - b).norm(dim=1) / a.norm(dim=1)).mean().item()
+            ranks = [torch.corrcoef(torch.stack([_ranks(p), _ranks(q)]))[0, 1] for p, q in zip(a, b, strict=True)]
+            found.append(
+                {
+                    "network": network,
+                    "composite": name,
+                    "relative_l2": round(distance, 4),
+                    "rank_correlation": round(torch.stack(ranks).mean().item(), 4),
+                }
+            )
+    return found
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    return values.argsort().argsort().double()
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def show(report: dict[str, Any], *, markdown: bool) -> str:
+    """All that a report holds, as text."""
+    parts = []
+    if "models" in report:
+        spread = max(s for result in report["models"] for s in result["spread"].values())
+        parts.append(table(HEADER, [cells(r) for r in report["models"]], markdown=markdown))
+        parts.append(
+            f"Measured on {machine.line(report['machine'])}; medians of {report['repeats']} interleaved rounds, quartiles at most "
+            f"{spread:.0%} of the median apart."
+        )
+    if markdown:
+        return "\n\n".join(parts)
+    if "build" in report:
+        parts.append("seconds to build: " + ", ".join(f"{k} {v}" for k, v in report["build"].items()))
+    for name, kinds in report.get("layers", {}).items():
+        rows = [tuple(str(v) for v in kind.values()) for kind in kinds]
+        total = (f"all of {name}", "", *(f"{sum(k[c] for k in kinds):.1f}" for c in ("ms", "floor_ms")))
+        parts.append(table(("operation", "steps", "ms", "floor ms"), [*rows, total], markdown=False))
+    if "rates" in report:
+        best = report["rates"]
+        parts.append(
+            f"best rates: {best['flops'] / 1e9:.0f} GFLOP/s in a convolution, {best['bytes'] / 1e9:.1f} GB/s in a copy"
+        )
+    if "precision" in report:
+        rows = [tuple(str(v) for v in case.values()) for case in report["precision"]]
+        parts.append(table(("network", "composite", "relative L2", "rank correlation"), rows, markdown=False))
+    return "\n\n".join(parts)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--rows", nargs="+", metavar="PART", default=[""], help="rows whose name contains one of these")
+    parser.add_argument("--columns", nargs="+", choices=list(COLUMNS), default=list(COLUMNS))
+    parser.add_argument("--repeats", type=int, default=9, help="counted rounds (default 9)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--from-json", type=Path, help="print an earlier run; measure nothing")
+    chosen = parser.parse_args(argv)
+    if chosen.from_json:
+        print(show(json.loads(chosen.from_json.read_text()), markdown=chosen.markdown))
+        return
+    rows = [row for row in ROWS if any(part in row.name for part in chosen.rows)]
+    if not rows:
+        parser.error(f"no row is called like {chosen.rows}; there are {', '.join(row.name for row in ROWS)}")
+    torch.set_num_threads(chosen.threads)
+    columns = ["forward", "lrpfast", *(c for c in chosen.columns if c not in ("forward", "lrpfast"))]
+    report: dict[str, Any] = {"machine": machine.describe(chosen.threads), "repeats": chosen.repeats}
+    for section in chosen.sections:
+        print(f"measuring {section}", file=sys.stderr, flush=True)
+        if section == "models":
+            report["models"] = [measure(row, columns, chosen.repeats, chosen.threads) for row in rows]
+        elif section == "build":
+            report["build"] = build()
+        elif section == "layers":
+            report["rates"] = rates()
+            report["layers"] = {row.name: layers(row, report["rates"]) for row in rows}
+        else:
+            report["precision"] = precision()
+    chosen.json.parent.mkdir(parents=True, exist_ok=True)
+    chosen.json.write_text(json.dumps(report, indent=1) + "\n")
+    print(show(report, markdown=chosen.markdown))
+
+
+if __name__ == "__main__":
+    main()

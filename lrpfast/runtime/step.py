@@ -1,0 +1,20 @@
+"""One call of an executor."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+
+@dataclasses.dataclass
+class Step:
+    """One call: `node` is its result; `args` hold nodes, tensors and plain values."""
+
+    node: fx.Node
+    function: Callable[..., Any]
+    args: tuple
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    note: str = ""

@@ -1,0 +1,160 @@
+"""Tune: choose between ways to compute a step by timing them here, once, and remember the choice on disk.
+
+Which way is fastest depends on the processor, the threads, the shapes and the libraries' versions, so a choice is kept under all
+of these. All ways give the same result to rounding. The file can be deleted, damaged, or written by several processes at once: what is
+not in it is timed again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_ROUNDS = 5
+# The first way is the one that is expected to win: another must be faster by more than timing scatters.
+_ADVANTAGE = 0.97
+
+
+def cache_directory() -> Path:
+    """LRPFAST_CACHE_DIR, or ``lrpfast`` in the user's cache folder."""
+    given = os.environ.get("LRPFAST_CACHE_DIR")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lrpfast"
+
+
+class Tuner:
+    """Chooses, and remembers.
+
+    Attributes
+    ----------
+    choices
+        What was asked for so far: key -> (way, seconds of each way).
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self._path = (directory or cache_directory()) / f"cpu-{_machine()}.json"
+        self._known = _read(self._path)
+        self._new: dict[str, dict[str, Any]] = {}
+        self.choices: dict[str, dict[str, Any]] = {}
+
+    def choose(self, key: str, ways: Callable[[], dict[str, Callable[[], object]]]) -> str:
+        """The name of the fastest of some ways; they are made and timed where the choice is not known.
+
+        Parameters
+        ----------
+        key
+            What is computed: operation, shapes, dtypes.
+        ways
+            Makes the calls, by name; the first is taken unless another is clearly faster.
+        """
+        entry = self._known.get(key)
+        if entry is None:
+            calls = ways()
+            seconds = _time(calls)
+            first = next(iter(calls))
+            best = min(seconds, key=lambda name: seconds[name])
+            entry = {"way": best if seconds[best] < _ADVANTAGE * seconds[first] else first, "seconds": seconds}
+            self._known[key] = self._new[key] = entry
+        self.choices[key] = entry
+        return entry["way"]
+
+    def save(self) -> None:
+        """Add the new choices to the file. Where it cannot be written, they last as long as the process."""
+        if not self._new:
+            return
+        with suppress(OSError), _locked(self._path):
+            merged = {**_read(self._path), **self._new}
+            _write(self._path, {"machine": _describe(), "choices": merged})
+        self._new = {}
+
+
+def _time(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median seconds of each, interleaved."""
+    for call in calls.values():
+        call()
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(_ROUNDS):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            taken[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def _describe() -> dict[str, Any]:
+    import lrpfast
+
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "onednn": torch.backends.mkldnn.is_available() and torch.__config__.show().partition("MKL-DNN v")[2][:6],
+        "lrpfast": lrpfast.__version__,
+    }
+
+
+def _machine() -> str:
+    return hashlib.sha256(json.dumps(_describe(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return f"{platform.machine()} {platform.processor()}"
+    kept = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
+    lines = info.read_text().split("\n\n")[0].splitlines()
+    return "; ".join(line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() in kept)
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """The choices in a file; none where it is missing, damaged or of another form."""
+    try:
+        choices = json.loads(path.read_text())["choices"]
+        return {
+            str(key): {"way": str(entry["way"]), "seconds": {str(k): float(v) for k, v in entry["seconds"].items()}}
+            for key, entry in choices.items()
+            if entry["way"] in entry["seconds"]
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(content, file, indent=1)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+@contextmanager
+def _locked(path: Path) -> Any:
+    """One process at a time between reading and replacing the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except ImportError:  # not POSIX: a choice may then be lost, and is timed again
+            pass
+        yield
