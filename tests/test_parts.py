@@ -59,6 +59,35 @@ def test_parts_make_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 
+class Mixed(nn.Module):
+    def __init__(self, mix) -> None:
+        super().__init__()
+        self.first, self.last, self.mix = nn.Linear(6, 6), nn.Linear(6, 3), mix
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.mix(self.first(x)).relu())
+
+
+@pytest.mark.parametrize(
+    ("mix", "meet"),
+    [
+        (lambda h: h * h.softmax(0), True),
+        (lambda h: h + h.flip(0), True),
+        (lambda h: h / h.abs().max(), True),
+        (lambda h: h - h.mean(1, keepdim=True), False),
+        (lambda h: h * h.softmax(1), False),
+    ],
+)
+@pytest.mark.usefixtures("parts_of_three")
+def test_a_batch_whose_samples_meet_is_explained_as_a_whole(mix, meet: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(7, 6)
+    explainer = lrpfast.Explainer(Mixed(mix).eval(), x)
+    compiled = explainer._latest
+    assert (len(compiled.executor(compiled.default_seed, False, 8).chunks(7)) == 1) is meet
+    torch.testing.assert_close(explainer(x).output, explainer._model(x))
+
+
 def test_parts_are_of_one_size() -> None:
     explainer = lrpfast.Explainer(model(), X)
     compiled = explainer._latest
