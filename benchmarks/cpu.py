@@ -164,13 +164,14 @@ def build(repeats: int = 3) -> dict[str, float]:
 
 
 def rates() -> dict[str, float]:
-    """What this machine does at best: multiplications and additions a second in oneDNN's best convolution, bytes a second in a copy."""
+    """What this machine does at best: multiplications and additions a second in oneDNN's best convolution (3 x 3, 512 channels, no
+    padding), bytes a second in a copy."""
     memory_format = torch.channels_last
-    x = torch.randn(8, 512, 7, 7).to(memory_format=memory_format)
+    x = torch.randn(8, 512, 16, 16).to(memory_format=memory_format)
     weight = torch.randn(512, 512, 3, 3).to(memory_format=memory_format)
     pack = torch.ops.mkldnn._reorder_convolution_weight
-    packed = pack(weight, [1, 1], [1, 1], [1, 1], 1, list(x.shape))
-    arguments = (x, packed, None, [1, 1], [1, 1], [1, 1], 1, "none", [], "")
+    packed = pack(weight, [0, 0], [1, 1], [1, 1], 1, list(x.shape))
+    arguments = (x, packed, None, [0, 0], [1, 1], [1, 1], 1, "none", [], "")
     source, target = torch.ones(2**26), torch.ones(2**26)
     with torch.no_grad():
         timings = interleaved(
@@ -180,7 +181,7 @@ def rates() -> dict[str, float]:
             },
             rounds=15,
         )
-    flops = 2 * 8 * 49 * 512 * 512 * 9 / timings["convolution"].median
+    flops = 2 * 8 * 14 * 14 * 512 * 512 * 9 / timings["convolution"].median
     return {"flops": flops, "bytes": 2 * 4 * 2**26 / timings["copy"].median}
 
 
@@ -197,7 +198,7 @@ def layers(row: Row, best: dict[str, float]) -> list[dict[str, Any]]:
         kind["ms"] += step.seconds * 1000
         is_view = step.seconds < 2e-5
         floor = max(step.flops / best["flops"], 0 if is_view else step.bytes / best["bytes"])
-        kind["floor_ms"] += min(floor, step.seconds) * 1000
+        kind["floor_ms"] += floor * 1000
     ordered = sorted(kinds.items(), key=lambda item: -item[1]["ms"])
     return [{"operation": name, **{k: round(v, 2) for k, v in kind.items()}} for name, kind in ordered]
 

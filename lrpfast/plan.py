@@ -88,8 +88,8 @@ def make_plan(joint: Joint, executor: Executor, composite: str) -> Plan:
 
 
 class StepTime(NamedTuple):
-    """What one step of a program took: ``flops`` counts multiplications and additions of convolutions and dense layers, ``bytes``
-    what is read and written at least."""
+    """What one step of a program took: ``flops`` counts multiplications and additions of convolutions and dense layers (none with
+    padding), ``bytes`` what is read and written at least."""
 
     module: str
     operation: str
@@ -108,7 +108,23 @@ def step_time(step: Step, seconds: float, batch: int) -> StepTime:
     tensors = [t for n in {*touched, node} for t in _tensors(n.meta.get("val"))]
     tensors += [a for a in step.args if isinstance(a, torch.Tensor)]
     size = sum(math.prod(n if isinstance(n, int) else batch for n in t.shape) * t.element_size() for t in tensors)
-    return StepTime(node.meta.get("path", ""), name, seconds, 2e9 * batch * _gmacs(layer), size)
+    return StepTime(node.meta.get("path", ""), name, seconds, 2e9 * batch * _gmacs(layer) * _within(layer), size)
+
+
+def _within(node: fx.Node) -> float:
+    """The share of a convolution's multiplications that meet values and not the padding, which good kernels leave out."""
+    name = operation_name(node)
+    if name not in ("convolution", "conv_dgrad") or (name == "convolution" and node.args[6]):
+        return 1.0
+    shift = 1 if name == "conv_dgrad" else 0  # a transpose takes the size of its result as well
+    sizes = node.args[2] if shift else value(node.args[0]).shape[2:]
+    outs = value(node.args[0] if shift else node).shape[2:]
+    kernel = value(node.args[1]).shape[2:]
+    share = 1.0
+    for n, out, k, stride, padding, dilation in zip(sizes, outs, kernel, *node.args[3:6], strict=True):
+        met = sum(0 <= o * stride - padding + tap * dilation < n for o in range(out) for tap in range(k))
+        share *= met / (out * k)
+    return share
 
 
 def _tensors(found: Any) -> list[torch.Tensor]:

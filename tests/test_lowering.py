@@ -143,3 +143,20 @@ def test_strided_transposes(kernel: int, stride: int, padding: int, dilation: in
         exact = lrpfast.explain(copy.deepcopy(model).double(), x.double(), composite="epsilon_plus").relevance
         found = explainer(x).relevance.double()
         assert torch.linalg.vector_norm(found - exact) <= 1e-5 * torch.linalg.vector_norm(exact)
+
+
+def test_profile_counts_what_a_step_has_to_do() -> None:
+    """3 x 3 on 5 x 5 with padding 1 meets 13 of its 15 rows and columns of taps, and its transpose as many."""
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, 2, 1), nn.Flatten(), nn.Linear(54, 3)
+    )
+    x = torch.randn(2, 4, 5, 5)
+    steps = lrpfast.Explainer(model.eval(), x, composite="epsilon").profile(x, repeats=1)
+    flops = {(step.module, step.operation): step.flops for step in steps}
+    assert flops[("1", "relu (with its ReLU)")] == pytest.approx(2 * 2 * 13 * 13 * 4 * 8)
+    assert flops[("0", "conv_dgrad (as a convolution)")] == pytest.approx(2 * 2 * 13 * 13 * 4 * 8)
+    assert flops[("2", "convolution")] == pytest.approx(2 * 2 * 7 * 7 * 8 * 6)  # rows 0, 2, 4: 2 + 3 + 2 taps
+    assert flops[("2", "conv_dgrad (as a transposed convolution)")] == pytest.approx(2 * 2 * 7 * 7 * 8 * 6)
+    assert flops[("4", "linear")] == pytest.approx(2 * 2 * 54 * 3)
+    read_and_written = {(step.module, step.operation): step.bytes for step in steps}
+    assert read_and_written[("4", "linear")] == 4 * (2 * 54 + 54 * 3 + 3 + 2 * 3)
