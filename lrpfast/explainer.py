@@ -30,6 +30,7 @@ from lrpfast.ops import native
 from lrpfast.plan import Plan, StepTime, make_plan, step_time
 from lrpfast.relevance import Joint, Seed, default_seed, transform
 from lrpfast.runtime import Executor
+from lrpfast.runtime.memory import give_back_free_memory
 from lrpfast.runtime.tune import Tuner
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,6 +78,7 @@ class Compiled:
             tuner.save()
         for program in (self.joint(seed).program, self.program):
             program.constants.let_go()
+        give_back_free_memory()
         return executor
 
 

@@ -10,7 +10,7 @@ from lrpfast.runtime.memory import keep_freed_memory
 
 _FREE_A_QUARTER_GIBIBYTE = """
 import os, torch
-from lrpfast.runtime.memory import keep_freed_memory
+from lrpfast.runtime.memory import give_back_free_memory, keep_freed_memory
 said = keep_freed_memory()
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE") // 2**20
@@ -18,18 +18,20 @@ before = resident()
 values = [torch.ones(2**24) for _ in range(4)]
 del values
 print(resident() - before)
+give_back_free_memory()
+print(resident() - before)
 print(said)
 """
 
 
-def _mebibytes_kept(keep: str) -> tuple[int, str]:
+def _mebibytes_kept(keep: str) -> tuple[int, int, str]:
     environment = {**os.environ, "LRPFAST_KEEP_MEMORY": keep}
     environment.pop("LD_PRELOAD", None)  # where another allocator is preloaded, it decides
     done = subprocess.run(
         [sys.executable, "-c", _FREE_A_QUARTER_GIBIBYTE], env=environment, capture_output=True, text=True, check=True
     )
-    kept, said = done.stdout.splitlines()
-    return int(kept), said
+    kept, after, said = done.stdout.splitlines()
+    return int(kept), int(after), said
 
 
 @pytest.mark.skipif(
@@ -37,10 +39,11 @@ def _mebibytes_kept(keep: str) -> tuple[int, str]:
     reason="glibc on Linux alone keeps memory, and /proc shows how much",
 )
 def test_freed_memory_is_kept():
-    kept, said = _mebibytes_kept("1")
+    kept, after, said = _mebibytes_kept("1")
     assert 250 < kept < 270
+    assert after < 20  # once it is given back
     assert "is kept" in said
-    given_back, said = _mebibytes_kept("0")
+    given_back, _, said = _mebibytes_kept("0")
     assert given_back < 20
     assert "LRPFAST_KEEP_MEMORY=0" in said
 

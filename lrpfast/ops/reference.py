@@ -34,8 +34,7 @@ def ratio(
     """
     if out is None:
         out = torch.empty_like(message)
-    blocks = _blocks(carrier, message, denominator, out)
-    for own_carrier, own, own_denominator, own_out in blocks:
+    for own_out, own_carrier, own, own_denominator in _blocks(out, carrier, message, denominator):
         _ratio_block(own_carrier, own, own_denominator, eps, own_out)
     return out
 
@@ -43,22 +42,18 @@ def ratio(
 _BLOCK = 1 << 18
 
 
-def _blocks(
-    carrier: Tensor | None, message: Tensor, denominator: Tensor, out: Tensor
-) -> Iterator[tuple[Tensor | None, Tensor, Tensor, Tensor]]:
-    """The operands, in pieces whose temporaries stay in the cache where all of them number their elements alike."""
-    given = [t for t in (carrier, message, denominator, out) if t is not None]
-    alike = all(t.shape == out.shape and t.stride() == out.stride() for t in given)
+def _blocks(out: Tensor, *operands: Tensor | None) -> Iterator[list[Any]]:
+    """The result and the operands in pieces whose temporaries stay in the cache, where all number their elements alike."""
+    tensors = [t for t in (out, *operands) if t is not None]
+    alike = all(t.shape == out.shape and t.stride() == out.stride() for t in tensors)
     size = out.numel()
     dense = out.is_contiguous() or (out.dim() == 4 and out.is_contiguous(memory_format=torch.channels_last))
     if not (alike and dense and size > _BLOCK):
-        yield carrier, message, denominator, out
+        yield [out, *operands]
         return
-    flat = [None if t is None else t.as_strided((size,), (1,)) for t in (carrier, message, denominator, out)]
+    flat = [None if t is None else t.as_strided((size,), (1,)) for t in (out, *operands)]
     for start in range(0, size, _BLOCK):
-        a, b, c, d = (None if t is None else t[start : start + _BLOCK] for t in flat)
-        assert b is not None and c is not None and d is not None
-        yield a, b, c, d
+        yield [None if t is None else t[start : start + _BLOCK] for t in flat]
 
 
 def _ratio_block(carrier: Tensor | None, message: Tensor, denominator: Tensor, eps: float, out: Tensor) -> None:
@@ -96,10 +91,9 @@ def ratio_sum(
     if out is None:
         out = torch.empty_like(message_a)
     dtype = compute_dtype(message_a, denominator, carrier)
-    total = torch.add(message_a.to(dtype), message_b.to(dtype))
-    if out.dtype == dtype:
-        return ratio(carrier, total, denominator, eps, out=out)
-    return out.copy_(ratio(carrier, total, denominator, eps, out=total))
+    for own_out, own_carrier, a, b, own_denominator in _blocks(out, carrier, message_a, message_b, denominator):
+        _ratio_block(own_carrier, torch.add(a.to(dtype), b.to(dtype)), own_denominator, eps, own_out)
+    return out
 
 
 def gamma_pair(
@@ -119,16 +113,16 @@ def gamma_pair(
     if out is None:
         out = (torch.empty_like(z, dtype=message.dtype), torch.empty_like(z, dtype=message.dtype))
     dtype = compute_dtype(message, z, carrier)
-    for sample in range(z.shape[0]):  # temporaries of a sample stay in the cache
-        own_carrier, own, own_z, own_plus = _sample(sample, dtype, carrier, message, z, z_plus)
+    for first, second, *operands in _blocks(out[0], out[1], carrier, message, z, z_plus):
+        own_carrier, own, own_z, own_plus = _widened(dtype, operands)
         # Both denominators have the sign of z and the size |z| + gamma (z⁺ + max(-z, 0)): the sign is put on last.
         negative = own_z.clamp(max=0)
         size = own_z.abs().add_(own_plus, alpha=gamma).sub_(negative, alpha=gamma)
         s = _product(own_carrier, own).div_(size.add_(eps))
         upper = torch.ops.aten.threshold_backward(s, own_z, 0)  # s where z > 0: in a fraction of the time of a where
         lower = torch.ops.aten.threshold_backward(s, negative.neg_(), 0)
-        out[0][sample].copy_(upper)
-        torch.neg(lower, out=out[1][sample]) if out[1].dtype == dtype else out[1][sample].copy_(lower.neg_())
+        first.copy_(upper)
+        torch.neg(lower, out=second) if second.dtype == dtype else second.copy_(lower.neg_())
     return out
 
 
@@ -150,20 +144,20 @@ def alpha_beta_pair(
     if out is None:
         out = (torch.empty_like(z_minus, dtype=message.dtype), torch.empty_like(z_minus, dtype=message.dtype))
     dtype = compute_dtype(message, z_minus, carrier)
-    for sample in range(z_minus.shape[0]):
-        own_carrier, own, own_plus, own_minus = _sample(sample, dtype, carrier, message, z_plus, z_minus)
+    for first, second, *operands in _blocks(out[0], out[1], carrier, message, z_plus, z_minus):
+        own_carrier, own, own_plus, own_minus = _widened(dtype, operands)
         if own_plus is None:
             own_plus = own_carrier - own_minus
         relevance = _product(own_carrier, own)
         minus = ratio(None, relevance, own_minus, eps).mul_(-beta)
-        out[0][sample].copy_(ratio(None, relevance, own_plus, eps, out=relevance).mul_(alpha))
-        out[1][sample].copy_(minus)
+        first.copy_(ratio(None, relevance, own_plus, eps, out=relevance).mul_(alpha))
+        second.copy_(minus)
     return out
 
 
-def _sample(index: int, dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
-    """One sample of each tensor, in the dtype of the computation."""
-    return [None if t is None else t[index].to(dtype) for t in tensors]
+def _widened(dtype: torch.dtype, tensors: list[Tensor | None]) -> list[Any]:
+    """The operands in the dtype of the computation."""
+    return [None if t is None else t.to(dtype) for t in tensors]
 
 
 def _product(carrier: Tensor | None, message: Tensor) -> Tensor:

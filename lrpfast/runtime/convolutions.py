@@ -6,6 +6,7 @@ plain convolution with flipped weights where the stride is 1, and a transposed c
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -107,33 +108,36 @@ class Convolutions:
     def _fastest(self, tuner: Tuner, ways: list[Step]) -> Step:
         """The way that is fastest here."""
         node = ways[0].node
-        described = [f"{value(a).dtype} {self._real_size(a)}" if is_tensor(a) else str(a) for a in node.args]
+        batch = self._timing_batch(node.args[0])
+        described = [f"{value(a).dtype} {_real_size(a, batch)}" if is_tensor(a) else str(a) for a in node.args]
         key = f"{operation_name(node)} {', '.join(described)}"
-        chosen = tuner.choose(key, lambda: {way.note: self._call_of(way) for way in ways})
+        chosen = tuner.choose(key, lambda: self._calls(ways, batch))
         self.tuned[node] = key
+        self._prepared.pop((node.args[1].target, "weight"), None)  # a whole layer's weights, for one way alone
         return next((way for way in ways if way.note == chosen), ways[0])
 
-    def _call_of(self, step: Step) -> Callable[[], object]:
-        """A step on random values."""
+    def _timing_batch(self, s: fx.Node) -> int:
+        """The batch that ways are timed with: as many samples as tell a large layer's time, which is proportional."""
+        return max(1, min(self._batch, _TIMED_ELEMENTS // math.prod(_real_size(s, 1))))
+
+    def _calls(self, ways: list[Step], batch: int) -> dict[str, Callable[[], object]]:
+        """The ways on random values, by their notes."""
         generator = torch.Generator().manual_seed(0)  # its own: the user's random numbers stay theirs
+        drawn: dict[fx.Node, torch.Tensor] = {}
 
         def real(node: fx.Node) -> torch.Tensor:
             if node.op == "get_attr":
                 return self._constants[node.target]
-            memory = torch.channels_last if rank(node) == 4 else torch.contiguous_format
-            drawn = torch.randn(self._real_size(node), generator=generator)
-            return drawn.to(value(node).dtype).contiguous(memory_format=memory)
+            if node not in drawn:
+                values = torch.randn(_real_size(node, batch), generator=generator).to(value(node).dtype)
+                drawn[node] = _channels_last(values)
+            return drawn[node]
 
-        args = fx.map_arg(step.args, real)
-
-        def call() -> object:
+        def call(step: Step, args: Any) -> object:
             with torch.no_grad():
                 return step.function(*args)
 
-        return call
-
-    def _real_size(self, node: fx.Node) -> list[int]:
-        return [n if isinstance(n, int) else self._batch for n in value(node).shape]
+        return {way.note: functools.partial(call, way, fx.map_arg(way.args, real)) for way in ways}
 
     def _transposed_convolution(self, node: fx.Node) -> Step | None:
         """A strided transpose in oneDNN, with its weight in oneDNN's layout; None where that does not take it."""
@@ -217,6 +221,14 @@ def _pointwise(
 
 # Multiplications below which no choice of kernel shows.
 _WORTH_TUNING = 5_000_000
+
+
+# Elements of the operand that ways are timed with, at most: more takes memory and says the same.
+_TIMED_ELEMENTS = 2**21
+
+
+def _real_size(node: fx.Node, batch: int) -> list[int]:
+    return [n if isinstance(n, int) else batch for n in value(node).shape]
 
 
 def _work(node: fx.Node, batch: int) -> int:

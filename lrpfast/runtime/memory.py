@@ -23,10 +23,21 @@ def keep_freed_memory() -> str:
     """Raise glibc's thresholds, once in a process; in words, what was done or why nothing was."""
     if os.environ.get("LRPFAST_KEEP_MEMORY") == "0":
         return "freed memory goes back to the system: LRPFAST_KEEP_MEMORY=0"
-    if platform.libc_ver()[0] != "glibc":
+    if not _is_glibc():
         return "freed memory is left to the C library, which is not glibc"
     mallopt = ctypes.CDLL(None).mallopt
     if not mallopt(_M_MMAP_THRESHOLD, _LARGEST_INT):
         mallopt(_M_MMAP_THRESHOLD, _OLD_LARGEST_THRESHOLD)
     mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
     return "freed memory is kept for the next explanation (LRPFAST_KEEP_MEMORY=0: given back)"
+
+
+def give_back_free_memory() -> None:
+    """Give the system what is free now: what the making of a program leaves is in pieces too small for an explanation's values."""
+    if _is_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@functools.cache
+def _is_glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"
