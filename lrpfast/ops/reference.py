@@ -149,9 +149,12 @@ def alpha_beta_pair(
         if own_plus is None:
             own_plus = own_carrier - own_minus
         relevance = _product(own_carrier, own)
-        minus = ratio(None, relevance, own_minus, eps).mul_(-beta)
-        first.copy_(ratio(None, relevance, own_plus, eps, out=relevance).mul_(alpha))
-        second.copy_(minus)
+        minus = ratio(None, relevance, own_minus, eps)
+        plus = ratio(None, relevance, own_plus, eps, out=relevance)
+        for result, quotient, factor in ((first, plus, alpha), (second, minus, -beta)):  # operands are all read by now
+            torch.mul(quotient, factor, out=result if result.dtype == dtype else quotient)
+            if result.dtype != dtype:
+                result.copy_(quotient)
     return out
 
 

@@ -31,7 +31,7 @@ Run = Generator[Any, Any, None]
 
 # What the values of a part of a batch may take. Small enough that an explanation's peak stays near that of a gradient of the
 # whole batch, large enough that convolutions and dense layers are as fast as on all of it.
-_PART_BYTES = 288 * 2**20
+_PART_BYTES = 336 * 2**20
 
 
 class Executor:

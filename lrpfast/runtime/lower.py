@@ -235,6 +235,13 @@ class Lowering:
                 return self._accumulated(node, left, right) or Step(node, aten.add_.Tensor, (left, right))
         return None
 
+    def _lower_sub(self, node: fx.Node) -> Step | None:
+        a, b = node.args[:2]
+        plain = node.target is aten.sub.Tensor and argument(node, 2, "alpha", 1) == 1 and a is not b
+        if not plain or not self._writable(a, node) or (is_tensor(b) and value(b).dtype != value(node).dtype):
+            return None
+        return Step(node, aten.sub_.Tensor, (a, b))
+
     def _accumulated(self, node: fx.Node, left: fx.Node, right: fx.Node) -> Step | None:
         """The sum of two transposes: the second is added to the first by the convolution that computes it."""
         transposes = [
