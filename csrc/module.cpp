@@ -107,8 +107,8 @@ void pair(std::uintptr_t carrier, int carrier_dtype, std::uintptr_t message, int
       &arguments);
 }
 
-void select_by_sign(std::uintptr_t x, int x_dtype, std::uintptr_t upper, std::uintptr_t lower, int dtype, std::uintptr_t result,
-            std::int64_t size, int threads) {
+void select_by_sign(std::uintptr_t x, int x_dtype, std::uintptr_t upper, std::uintptr_t lower, int dtype,
+                    std::uintptr_t result, std::int64_t size, int threads) {
   const SelectArguments arguments = {operand(x, x_dtype, false), operand(upper, dtype, false),
                                      operand(lower, dtype, false), reinterpret_cast<void*>(result)};
   lrpfast::parallel_for(
@@ -130,13 +130,15 @@ void add_relu(std::uintptr_t a, std::uintptr_t b, int dtype, std::uintptr_t resu
       &arguments);
 }
 
+// Rows (or columns) of a size that are worth a thread.
+std::int64_t row_grain(std::int64_t row_size) { return row_size < kGrain ? kGrain / (row_size > 0 ? row_size : 1) : 1; }
+
 void dense_dgrad(std::uintptr_t s, std::uintptr_t weight, std::uintptr_t result, std::int64_t batch,
                  std::int64_t outputs, std::int64_t inputs, int threads) {
   const DenseDgradArguments arguments = {reinterpret_cast<const float*>(s), reinterpret_cast<const float*>(weight),
                                          reinterpret_cast<float*>(result), batch, outputs, inputs};
-  const std::int64_t work = batch * outputs;  // a column
   lrpfast::parallel_for(
-      inputs, work < kGrain ? kGrain / (work > 0 ? work : 1) : 1, kUnit, threads,
+      inputs, row_grain(batch * outputs), kUnit, threads,
       [](const void* context, std::int64_t begin, std::int64_t end) {
         lrpfast::kernels().dense_dgrad(*static_cast<const DenseDgradArguments*>(context), begin, end);
       },
@@ -169,9 +171,6 @@ Window window(Pair size, Pair out_size, Pair kernel, Pair stride, Pair padding, 
   return {{size[0], size[1]},       {out_size[0], out_size[1]}, {kernel[0], kernel[1]}, {stride[0], stride[1]},
           {padding[0], padding[1]}, {dilation[0], dilation[1]}, channels};
 }
-
-// Rows that are worth a thread.
-std::int64_t row_grain(std::int64_t row_size) { return row_size < kGrain ? kGrain / (row_size > 0 ? row_size : 1) : 1; }
 
 void max_pool(std::uintptr_t input, int dtype, std::uintptr_t result, std::uintptr_t winners, std::int64_t images,
               Pair size, Pair out_size, Pair kernel, Pair stride, Pair padding, Pair dilation, std::int64_t channels,

@@ -67,6 +67,11 @@ class Compiled:
             self._executors[key] = self._build(seed, repeated, key[2])
         return self._executors[key]
 
+    def any_executor(self, seed: Seed) -> Executor:
+        """An executor to describe: one that is there, lest weights be packed for this alone."""
+        there = (e for (kind, repeated, _), e in self._executors.items() if kind is seed and not repeated)
+        return next(there, None) or self.executor(seed, False, 8)
+
     def timed(self, batch: int, timer: Callable[[fx.Node, str, float], None]) -> Executor:
         """An executor that reports what each step takes."""
         return self._build(Seed.LOGIT, False, 1 if batch == 1 else 8, timer)
@@ -200,7 +205,7 @@ class Explainer:
         compiled = self._need_compiled("plan")
         with self._lock:
             seed = compiled.default_seed
-            return make_plan(compiled.joint(seed), compiled.executor(seed, False, 8), self._composite.name)
+            return make_plan(compiled.joint(seed), compiled.any_executor(seed), self._composite.name)
 
     @property
     def program(self) -> fx.GraphModule:

@@ -67,6 +67,13 @@ def summed_with_itself(m: Net, x: Tensor) -> Tensor:
     return m.b((z + z).relu())
 
 
+def differences(m: Net, x: Tensor) -> Tensor:
+    h = m.a(x).relu()
+    convolved = m.b(h)
+    both = (convolved - m.skip(h)).relu()  # `convolved` dies here and may be written over; `h` below may not
+    return m.c((h - both * 2).relu()).relu() + torch.sub(h, both, alpha=3)
+
+
 def clamped(m: Net, x: Tensor) -> Tensor:
     return m.c(nn.functional.relu6(m.b(nn.functional.hardtanh(m.a(x), -0.5, 0.5)) * 3))
 
@@ -84,6 +91,7 @@ FUSED = {
     operand_used_in_between: ["with its ReLU", "with its sum"],
     without_relu: [],
     summed_with_itself: [],
+    differences: ["with its ReLU"],
     clamped: ["with its clamp"],
     pooled: ["with its ReLU"],
 }

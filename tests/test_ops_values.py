@@ -444,3 +444,23 @@ def test_any_number_of_threads_gives_the_same(native_alone):
     for ratio, total in results[1:]:
         assert torch.equal(ratio, results[0][0])
         assert torch.equal(total, results[0][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [*SHAPES, LARGE, (0, 3)])
+def test_steps_of_one_pass(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    """A choice by sign and a sum with its ReLU are exact: what torch gives in two passes, with zeros, NaN and infinities."""
+    x, a, b = (LAYOUTS[layout](t) for t in operands(shape, dtype))  # x >= 0, often 0
+    x = LAYOUTS[layout](torch.where(a > 1, -x, x))
+    if x.numel() > 4:
+        for value, place in ((math.nan, 0), (math.inf, 1), (-math.inf, 2), (-0.0, 3)):
+            a[tuple(0 if d else place % shape[0] for d in range(len(shape)))] = value
+    expected = torch.where(x >= 0, a, b)
+    torch.testing.assert_close(native.select_by_sign(x, a, b), expected, rtol=0, atol=0, equal_nan=True)
+    total = (a + b).relu()
+    torch.testing.assert_close(native.add_relu(a, b), total, rtol=0, atol=0, equal_nan=True)
+    over_a, over_b = a.clone(), b.clone()
+    for found in (native.select_by_sign(x, over_a, b, over_a), native.select_by_sign(x, a, over_b, over_b)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(over_b.nan_to_num(), expected.nan_to_num())
