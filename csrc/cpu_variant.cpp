@@ -7,9 +7,11 @@
 #include "pair_cpu.h"
 #include "pool_cpu.h"
 #include "ratio_cpu.h"
+#include "winograd_cpu.h"
 
 namespace lrpfast {
 
-const Kernels LRPFAST_VARIANT = {ratio, pair, select_by_sign, add_relu, dense_dgrad, channel_sum, max_pool, pool_dgrad};
+const Kernels LRPFAST_VARIANT = {ratio,       pair,     select_by_sign, add_relu, dense_dgrad,
+                                 channel_sum, max_pool, pool_dgrad,     winograd};
 
 }  // namespace lrpfast

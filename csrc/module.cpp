@@ -28,6 +28,7 @@ using lrpfast::PairArguments;
 using lrpfast::PoolDgradArguments;
 using lrpfast::RatioArguments;
 using lrpfast::SelectArguments;
+using lrpfast::WinogradArguments;
 using lrpfast::Window;
 
 // Below this many elements read a thread, waking another costs more than it saves.
@@ -203,6 +204,34 @@ void pool_dgrad(std::uintptr_t message, int dtype, std::uintptr_t winners, std::
       &arguments);
 }
 
+void winograd(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t result,
+              std::uintptr_t workspace, std::int64_t images, Pair size, Pair out_size, Pair padding,
+              std::int64_t channels, std::int64_t filters, std::int64_t block, std::int64_t chunk, bool add, bool relu,
+              int threads) {
+  const WinogradArguments arguments = {reinterpret_cast<const float*>(input),
+                                       reinterpret_cast<const float*>(weight),
+                                       reinterpret_cast<const float*>(bias),
+                                       reinterpret_cast<float*>(result),
+                                       reinterpret_cast<float*>(workspace),
+                                       images,
+                                       {size[0], size[1]},
+                                       {out_size[0], out_size[1]},
+                                       {padding[0], padding[1]},
+                                       channels,
+                                       filters,
+                                       block,
+                                       chunk,
+                                       threads,
+                                       add,
+                                       relu};
+  lrpfast::parallel_for(
+      threads, 1, 1, threads,
+      [](const void* context, std::int64_t begin, std::int64_t end) {
+        lrpfast::kernels().winograd(*static_cast<const WinogradArguments*>(context), begin, end);
+      },
+      &arguments);
+}
+
 py::dict build_info() {
   py::dict info;
 #if defined(__clang__)
@@ -228,6 +257,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("channel_sum", &channel_sum, py::call_guard<py::gil_scoped_release>());
   m.def("max_pool", &max_pool, py::call_guard<py::gil_scoped_release>());
   m.def("pool_dgrad", &pool_dgrad, py::call_guard<py::gil_scoped_release>());
+  m.def("winograd", &winograd, py::call_guard<py::gil_scoped_release>());
 #if LRPFAST_CUDA_BUILT
   m.def("cuda_ratio", &cuda_ratio, py::call_guard<py::gil_scoped_release>());
 #endif

@@ -97,6 +97,22 @@ struct PoolDgradArguments {
   bool count_padding;
 };
 
+// result = convolution of images with 3 x 3 filters, stride 1 (winograd_cpu.h): channels-last, float32. Channels are a multiple
+// of 16, filters of 32.
+struct WinogradArguments {
+  const float* input;      // [images, size, channels]
+  const float* weight;     // G g G', [16][filters / 32][channels][32]
+  const float* bias;       // [filters]; null: none
+  float* result;           // [images, out_size, filters]
+  float* workspace;        // shares * 16 * block * (channels + chunk + 32) floats
+  std::int64_t images, size[2], out_size[2], padding[2], channels, filters;
+  std::int64_t block;      // tiles that are worked on at a time
+  std::int64_t chunk;      // filters that are worked on at a time, a multiple of 32
+  std::int64_t shares;     // parts that tiles are dealt into, one a thread
+  bool add;                // to what the result holds
+  bool relu;
+};
+
 // One set of kernels an instruction set. Each computes the range [begin, end) of the result: elements, or rows of
 // images where it says so.
 struct Kernels {
@@ -108,6 +124,7 @@ struct Kernels {
   void (*channel_sum)(const ChannelSumArguments&, std::int64_t begin, std::int64_t end);
   void (*max_pool)(const MaxPoolArguments&, std::int64_t begin, std::int64_t end);
   void (*pool_dgrad)(const PoolDgradArguments&, std::int64_t begin, std::int64_t end);
+  void (*winograd)(const WinogradArguments&, std::int64_t begin, std::int64_t end);
 };
 
 extern const Kernels kernels_default;

@@ -117,6 +117,25 @@ def pool_dgrad(
     threads: int,
     /,
 ) -> None: ...
+def winograd(
+    input: int,
+    weight: int,
+    bias: int,
+    result: int,
+    workspace: int,
+    images: int,
+    size: _Pair,
+    out_size: _Pair,
+    padding: _Pair,
+    channels: int,
+    filters: int,
+    block: int,
+    chunk: int,
+    add: bool,
+    relu: bool,
+    threads: int,
+    /,
+) -> None: ...
 def build_info() -> BuildInfo: ...
 def cpu_capability() -> str: ...
 def limit_cpu_capability(limit: str | None) -> bool: ...

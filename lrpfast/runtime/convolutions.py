@@ -1,7 +1,8 @@
-"""Convolutions and their transposes as steps: in oneDNN, with weights in its own layout, in the way that is fastest here.
+"""Convolutions and their transposes as steps, in the way that is fastest here.
 
-torch's operators reorder a weight at every call. Here that is done once, for the size of batch that is expected. A transpose is a
-plain convolution with flipped weights where the stride is 1, and a transposed convolution elsewhere; which way wins is timed.
+torch's operators reorder a weight at every call. Here that is done once: for oneDNN, in the layout that it chooses for the size of
+batch that is expected, or for Winograd's filtering, which halves the time of 3 x 3 layers. A transpose is a plain convolution with
+flipped weights where the stride is 1, and a transposed convolution elsewhere. Which way wins is timed, layer by layer.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import fx
 
 from lrpfast.graph import Constants, argument, is_tensor, operation_name, rank, static_sizes, value
+from lrpfast.ops import winograd
 from lrpfast.ops.transposes import TRANSPOSES, fits_plain_convolution, flipped_weight, left_over
 from lrpfast.runtime.step import Step
 from lrpfast.runtime.tune import Tuner
@@ -24,6 +26,9 @@ aten = torch.ops.aten
 _Epilogue = tuple[str, list[float], str]  # an activation's name, numbers and algorithm
 _NO_EPILOGUE: _Epilogue = ("none", [], "")
 _SHOWN = {"relu": "ReLU", "hardtanh": "clamp"}
+
+# Ways to compute a layer, as `plan()` shows them.
+_DIRECT, _WINOGRAD, _TRANSPOSED, _BACKWARD = "as a convolution", "by Winograd", "as a transposed convolution", "torch's backward"
 
 
 def _epilogue(node: fx.Node) -> _Epilogue | None:
@@ -45,6 +50,8 @@ class Convolutions:
         The program's.
     batch
         The batch that weights are laid out, and ways are timed, for; any other runs as well.
+    compiled
+        Whether the compiled operators may be used.
     tuner
         Where given, ways are chosen by timing.
 
@@ -54,9 +61,10 @@ class Convolutions:
         The steps that were chosen by timing, and under which key of the tuner.
     """
 
-    def __init__(self, constants: Constants, batch: int, tuner: Tuner | None) -> None:
+    def __init__(self, constants: Constants, batch: int, compiled: bool, tuner: Tuner | None) -> None:
         self._constants = constants
         self._batch = batch
+        self._compiled = compiled
         self._tuner = tuner
         self._prepared: dict[tuple[str, str], torch.Tensor] = {}
         self.tuned: dict[fx.Node, str] = {}
@@ -74,54 +82,111 @@ class Convolutions:
         return self._prepare(node, "weight", lambda t: t.contiguous(memory_format=torch.channels_last))
 
     def forward(self, node: fx.Node, activation: fx.Node | None) -> Step:
-        """A convolution, and in the same call the activation that alone uses it, where oneDNN has it."""
-        x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args
+        """A convolution, and in the same call the activation that alone uses it, where there is one that has it."""
+        x, weight, _, _, _, _, transposed, _, _ = node.args
         if transposed or not _one_dnn(node) or weight.op != "get_attr":
             return Step(node, node.target, (x, self._weight(weight), *node.args[2:]))
+        epilogue = None if activation is None else _epilogue(activation)
+        ways: dict[str, Callable[[], Step]] = {_DIRECT: lambda: self._direct_forward(node, activation, epilogue)}
+        relu = activation is not None and activation.target is aten.relu.default
+        if (relu or epilogue is None) and self._fits_winograd(x, weight, *node.args[3:6], node.args[8]):
+            ways = {_WINOGRAD: lambda: self._winograd_forward(node, activation if relu else None), **ways}
+        return self._fastest(node, ways)
+
+    def _direct_forward(self, node: fx.Node, activation: fx.Node | None, epilogue: _Epilogue | None) -> Step:
+        x, weight, bias, stride, padding, dilation, _, _, groups = node.args
         packed = self._packed(weight, _channels_last, x, stride, padding, dilation, groups)
         layer = (x, packed, bias, stride, padding, dilation, groups)
-        epilogue = None if activation is None else _epilogue(activation)
         if activation is None or epilogue is None:
             return Step(node, *_pointwise(*layer, _NO_EPILOGUE))
         return Step(activation, *_pointwise(*layer, epilogue), note=f"with its {_SHOWN[operation_name(activation)]}")
 
+    def _winograd_forward(self, node: fx.Node, relu: fx.Node | None) -> Step:
+        x, weight, bias, _, padding = node.args[:5]
+        transformed = self._prepare(weight, "winograd", winograd.transformed_weight)
+        note = _WINOGRAD if relu is None else f"{_WINOGRAD}, with its ReLU"
+        return Step(relu or node, winograd.convolution, (x, transformed, bias, padding, relu is not None), note=note)
+
     def dgrad(self, node: fx.Node) -> Step:
         """The transpose of a convolution, in the way that is fastest here."""
-        own = self._plain_convolution(node) or self._transposed_convolution(node)
-        if own is None:
-            return self._torch_backward(node)
-        if self._tuner is None or _work(node, self._batch) < _WORTH_TUNING:
-            return own
-        return self._fastest(self._tuner, [own, self._torch_backward(node)])
+        ways: dict[str, Callable[[], Step]] = {}
+        if self._is_plain(node):
+            if self._winograd_takes(node):
+                ways[_WINOGRAD] = lambda: Step(node, winograd.convolution, self._winograd_dgrad(node), note=_WINOGRAD)
+            ways[_DIRECT] = lambda: Step(node, *_pointwise(*self._plain_operands(node), _NO_EPILOGUE), note=_DIRECT)
+        elif (transposed := self._transposed_convolution(node)) is not None:
+            ways[_TRANSPOSED] = transposed
+        ways[_BACKWARD] = lambda: self._torch_backward(node)
+        return self._fastest(node, ways)
+
+    def dgrad_added(self, node: fx.Node, total: fx.Node) -> Callable[[fx.Node], Step] | None:
+        """The transpose added to a value that may be written, as the step of the sum; None where no way adds."""
+        if not self._is_plain(node):
+            return None
+        way = self.dgrad(node).note
+        if way == _WINOGRAD:
+            _, transformed, _, padding, _ = self._winograd_dgrad(node)
+            function: Callable[..., Any] = winograd.convolution_add_
+            args: tuple = (total, node.args[0], transformed, padding)
+        elif way == _DIRECT:
+            s, packed, _, stride, padding, dilation, groups = self._plain_operands(node)
+            function = torch.ops.mkldnn._convolution_pointwise_.binary
+            args = (total, s, packed, None, padding, stride, dilation, groups, "add", 1.0, None, [], None)
+        else:
+            return None
+        return lambda add: Step(add, function, args, note=f"added {way}")
+
+    def _fits_winograd(
+        self, x: fx.Node, weight: fx.Node, stride: list[int], padding: list[int], dilation: list[int], groups: int
+    ) -> bool:
+        shape = value(weight).shape
+        return self._compiled and winograd.is_fast() and winograd.fits(value(x), shape, stride, padding, dilation, groups)
+
+    def _winograd_takes(self, node: fx.Node) -> bool:
+        """Whether a transpose that is a plain convolution is one for Winograd's filtering."""
+        s, weight, _, stride, padding, dilation, groups = node.args
+        shape = value(weight).shape
+        inverse = [2 - p for p in padding]
+        swapped = [shape[1], shape[0], *shape[2:]]
+        return (
+            self._compiled
+            and winograd.is_fast()
+            and winograd.fits(value(s), swapped, stride, inverse, dilation, groups)
+        )
+
+    def _winograd_dgrad(self, node: fx.Node) -> tuple[fx.Node, torch.Tensor, None, list[int], bool]:
+        """Operands of the plain convolution that a transpose is, by Winograd's filtering."""
+        s, weight, _, _, padding = node.args[:5]
+        transformed = self._prepare(
+            weight, "winograd flipped", lambda t: winograd.transformed_weight(flipped_weight(t, 1))
+        )
+        return s, transformed, None, [2 - p for p in padding], False
 
     def _torch_backward(self, node: fx.Node) -> Step:
         s, weight = node.args[:2]
         function = TRANSPOSES["conv_dgrad"][1]
-        return Step(node, function, (s, self._weight(weight), *node.args[2:]), note="torch's backward")
+        return Step(node, function, (s, self._weight(weight), *node.args[2:]), note=_BACKWARD)
 
-    def _plain_convolution(self, node: fx.Node) -> Step | None:
-        if not self.is_plain(node):
-            return None
-        function, args = _pointwise(*self.plain_operands(node), _NO_EPILOGUE)
-        return Step(node, function, args, note="as a convolution")
-
-    def _fastest(self, tuner: Tuner, ways: list[Step]) -> Step:
-        """The way that is fastest here."""
-        node = ways[0].node
+    def _fastest(self, node: fx.Node, ways: dict[str, Callable[[], Step]]) -> Step:
+        """The way that is fastest here; without a tuner, or for little work, the first, which is expected to be."""
+        expected = next(iter(ways.values()))
+        if self._tuner is None or len(ways) == 1 or _work(node, self._batch) < _WORTH_TUNING:
+            return expected()
         batch = self._timing_batch(node.args[0])
         described = [f"{value(a).dtype} {_real_size(a, batch)}" if is_tensor(a) else str(a) for a in node.args]
-        key = f"{operation_name(node)} {', '.join(described)}"
-        chosen = tuner.choose(key, lambda: self._calls(ways, batch))
+        key = f"{operation_name(node)} {', '.join(described)}: {', '.join(ways)}"
+        before = dict(self._prepared)
+        chosen = self._tuner.choose(key, lambda: self._calls({name: way() for name, way in ways.items()}, batch))
+        self._prepared = before  # the layouts of the other ways are each as large as the weight
         self.tuned[node] = key
-        self._prepared.pop((node.args[1].target, "weight"), None)  # a whole layer's weights, for one way alone
-        return next((way for way in ways if way.note == chosen), ways[0])
+        return ways.get(chosen, expected)()
 
     def _timing_batch(self, s: fx.Node) -> int:
         """The batch that ways are timed with: as many samples as tell a large layer's time, which is proportional."""
         return max(1, min(self._batch, _TIMED_ELEMENTS // math.prod(_real_size(s, 1))))
 
-    def _calls(self, ways: list[Step], batch: int) -> dict[str, Callable[[], object]]:
-        """The ways on random values, by their notes."""
+    def _calls(self, ways: dict[str, Step], batch: int) -> dict[str, Callable[[], object]]:
+        """The ways on random values."""
         generator = torch.Generator().manual_seed(0)  # its own: the user's random numbers stay theirs
         drawn: dict[fx.Node, torch.Tensor] = {}
 
@@ -137,9 +202,9 @@ class Convolutions:
             with torch.no_grad():
                 return step.function(*args)
 
-        return {way.note: functools.partial(call, way, fx.map_arg(way.args, real)) for way in ways}
+        return {name: functools.partial(call, way, fx.map_arg(way.args, real)) for name, way in ways.items()}
 
-    def _transposed_convolution(self, node: fx.Node) -> Step | None:
+    def _transposed_convolution(self, node: fx.Node) -> Callable[[], Step] | None:
         """A strided transpose in oneDNN, with its weight in oneDNN's layout; None where that does not take it."""
         s, weight, size, stride, padding, dilation, groups = node.args
         if weight.op != "get_attr" or not _one_dnn(node):
@@ -148,24 +213,28 @@ class Convolutions:
         if any(not 0 <= r < t for r, t in zip(rest, stride, strict=True)):
             return None
         like = [self._batch, *static_sizes(s, (1, 2, 3))]
-        packed = self._prepare(
-            weight,
-            f"transposed {like} {rest} {stride} {padding} {dilation}",
-            lambda t: torch.ops.mkldnn._reorder_convolution_transpose_weight(
-                _channels_last(t), padding, rest, stride, dilation, groups, like
-            ),
-        )
-        function = torch.ops.mkldnn._convolution_transpose_pointwise.default
-        args = (s, packed, None, padding, rest, stride, dilation, groups, *_NO_EPILOGUE)
-        return Step(node, function, args, note="as a transposed convolution")
 
-    def is_plain(self, node: fx.Node) -> bool:
+        def step() -> Step:
+            packed = self._prepare(
+                weight,
+                f"transposed {like} {rest} {stride} {padding} {dilation}",
+                lambda t: torch.ops.mkldnn._reorder_convolution_transpose_weight(
+                    _channels_last(t), padding, rest, stride, dilation, groups, like
+                ),
+            )
+            function = torch.ops.mkldnn._convolution_transpose_pointwise.default
+            args = (s, packed, None, padding, rest, stride, dilation, groups, *_NO_EPILOGUE)
+            return Step(node, function, args, note=_TRANSPOSED)
+
+        return step
+
+    def _is_plain(self, node: fx.Node) -> bool:
         """Whether a transpose is a plain convolution with flipped weights that are made beforehand."""
         _, weight, size, stride, padding, dilation, groups = node.args
         fits = fits_plain_convolution(value(weight).shape, stride, padding, dilation, groups)
         return weight.op == "get_attr" and fits and _one_dnn(node)
 
-    def plain_operands(self, node: fx.Node) -> tuple[fx.Node, torch.Tensor, None, list[int], list[int], list[int], int]:
+    def _plain_operands(self, node: fx.Node) -> tuple[fx.Node, torch.Tensor, None, list[int], list[int], list[int], int]:
         """Operands of the plain convolution that a transpose is."""
         s, weight, _, stride, padding, dilation, groups = node.args
         inverse = [d * (k - 1) - p for d, k, p in zip(dilation, value(weight).shape[2:], padding, strict=True)]
@@ -232,6 +301,7 @@ def _real_size(node: fx.Node, batch: int) -> list[int]:
 
 
 def _work(node: fx.Node, batch: int) -> int:
-    """Multiplications of a transpose of a convolution."""
-    s, weight = node.args[:2]
-    return batch * math.prod(static_sizes(s, (2, 3))) * value(weight).numel()
+    """Multiplications of a convolution, or of its transpose."""
+    x, weight = node.args[:2]
+    outputs = node if operation_name(node) == "convolution" else x
+    return batch * math.prod(static_sizes(outputs, (2, 3))) * value(weight).numel()

@@ -82,7 +82,7 @@ class Executor:
         on_cpu = all(i.meta["val"].device.type == "cpu" for i in self._inputs)
         if on_cpu:
             keep_freed_memory()
-        convolutions = Convolutions(joint.program.constants, batch, tuner)
+        convolutions = Convolutions(joint.program.constants, batch, backend == "native", tuner)
         lowering = Lowering(joint.program, ordered, keep, backend, convolutions)
         steps = lowering.steps()
         self.steps = steps

@@ -244,17 +244,14 @@ class Lowering:
 
     def _accumulated(self, node: fx.Node, left: fx.Node, right: fx.Node) -> Step | None:
         """The sum of two transposes: the second is added to the first by the convolution that computes it."""
-        transposes = [
-            n
-            for n in (left, right)
-            if n.target is torch.ops.lrpfast.conv_dgrad.default and self.convolutions.is_plain(n)
-        ]
-        if len(transposes) != 2 or len(right.users) != 1 or right in self.keep:
+        both = all(n.target is torch.ops.lrpfast.conv_dgrad.default for n in (left, right))
+        if not both or len(right.users) != 1 or right in self.keep:
             return None
-        s, packed, _, stride, padding, dilation, groups = self.convolutions.plain_operands(right)
+        added = self.convolutions.dgrad_added(right, left)
+        if added is None:
+            return None
         self._postponed.add(right)
-        args: tuple = (left, s, packed, None, padding, stride, dilation, groups, "add", 1.0, None, [], None)
-        return Step(node, torch.ops.mkldnn._convolution_pointwise_.binary, args, note="added by a convolution")
+        return added(node)
 
     def _lower_mul(self, node: fx.Node) -> Step | None:
         a, b = node.args[:2]

@@ -1,0 +1,153 @@
+// A 3 x 3 convolution of stride 1 with 2.25 times fewer multiplications: Winograd's minimal filtering F(2 x 2, 3 x 3), Lavin
+// and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015.
+//
+// Each 2 x 2 tile of the result comes from a 4 x 4 tile of the input: Y = A' [(G g G') * (B' d B)] A, where the elementwise
+// products, summed over channels, are 16 products of matrices. Sums over channels are as long as in the direct form's ninth,
+// so rounding is no worse than there (measured in tests/test_winograd.py). A value of the result depends on its own window
+// alone, in rounding errors too: a window of zeros gives zero exactly, which ratios rely on. Larger tiles would save more and
+// lose digits.
+#pragma once
+
+#include "matrix_cpu.h"
+
+namespace lrpfast {
+namespace {
+
+constexpr int kTile = 4, kPoints = kTile * kTile;
+// Rows that differ by a power of two would meet in the same few lines of the first-level cache.
+constexpr std::int64_t kSkew = 16;
+
+// B' d: the rows 0 - 2, 1 + 2, 2 - 1, 1 - 3.
+inline void transform_input(const Lanes d[4], Lanes out[4]) {
+  out[0] = d[0] - d[2];
+  out[1] = d[1] + d[2];
+  out[2] = d[2] - d[1];
+  out[3] = d[1] - d[3];
+}
+
+struct TileGrid {
+  std::int64_t rows, columns;
+};
+
+inline TileGrid tile_grid(const WinogradArguments& a) { return {(a.out_size[0] + 1) / 2, (a.out_size[1] + 1) / 2}; }
+
+// The transformed 4 x 4 tile of the input at (y, x), which may reach over its edges, all channels.
+void load_tile(const WinogradArguments& a, const float* image, std::int64_t y, std::int64_t x, float* out,
+               std::int64_t point_stride) {
+  const std::int64_t channels = a.channels;
+  const bool inside = y >= 0 && x >= 0 && y + kTile <= a.size[0] && x + kTile <= a.size[1];
+  for (std::int64_t c = 0; c < channels; c += kLanes) {
+    Lanes half[kTile][kTile];  // [column][row]
+#pragma GCC unroll 4
+    for (int j = 0; j < kTile; ++j) {
+      Lanes d[kTile];
+#pragma GCC unroll 4
+      for (int i = 0; i < kTile; ++i) {
+        const std::int64_t row = y + i, column = x + j;
+        const bool there = inside || (row >= 0 && row < a.size[0] && column >= 0 && column < a.size[1]);
+        d[i] = there ? lanes(image + (row * a.size[1] + column) * channels + c) : lanes(0.0f);
+      }
+      transform_input(d, half[j]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kTile; ++i) {
+      const Lanes d[kTile] = {half[0][i], half[1][i], half[2][i], half[3][i]};
+      Lanes transformed[kTile];
+      transform_input(d, transformed);
+#pragma GCC unroll 4
+      for (int j = 0; j < kTile; ++j) {
+        put(out + (i * kTile + j) * point_stride + c, transformed[j]);
+      }
+    }
+  }
+}
+
+// A' m: the sums 0 + 1 + 2 and 1 - 2 - 3.
+inline void transform_output(const Lanes m[4], Lanes out[2]) {
+  out[0] = m[0] + m[1] + m[2];
+  out[1] = m[1] - m[2] - m[3];
+}
+
+// The 2 x 2 tile of the result at (y, x), kPanel filters from `filter` on.
+void store_tile(const WinogradArguments& a, float* image, std::int64_t y, std::int64_t x, std::int64_t filter,
+                std::int64_t count, const float* products, std::int64_t point_stride) {
+  for (std::int64_t c = 0; c < count; c += kLanes) {
+    Lanes half[kTile][2];  // [column][row]
+#pragma GCC unroll 4
+    for (int j = 0; j < kTile; ++j) {
+      Lanes m[kTile];
+#pragma GCC unroll 4
+      for (int i = 0; i < kTile; ++i) {
+        m[i] = lanes(products + (i * kTile + j) * point_stride + c);
+      }
+      transform_output(m, half[j]);
+    }
+    const Lanes bias = a.bias ? lanes(a.bias + filter + c) : lanes(0.0f);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const Lanes m[kTile] = {half[0][i], half[1][i], half[2][i], half[3][i]};
+      Lanes pair[2];
+      transform_output(m, pair);
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        if (y + i >= a.out_size[0] || x + j >= a.out_size[1]) {
+          continue;
+        }
+        float* to = image + ((y + i) * a.out_size[1] + x + j) * a.filters + filter + c;
+        Lanes value = pair[j] + bias;
+        if (a.add) {
+          value = value + lanes(static_cast<const float*>(to));
+        }
+        if (a.relu) {
+          value = larger(lanes(0.0f), value);  // the second operand where either is NaN
+        }
+        put(to, value);
+      }
+    }
+  }
+}
+
+// The tiles [begin, end), counted over all images, with the help of a workspace: a block's transformed inputs, then products.
+void winograd_tiles(const WinogradArguments& a, std::int64_t begin, std::int64_t end, float* workspace) {
+  const TileGrid grid = tile_grid(a);
+  const std::int64_t tiles_an_image = grid.rows * grid.columns;
+  const std::int64_t stride = a.channels + kSkew, chunk_stride = a.chunk + kSkew;
+  float* products = workspace + kPoints * a.block * stride;
+  for (std::int64_t first = begin; first < end; first += a.block) {
+    const std::int64_t count = smaller(a.block, end - first);
+    for (std::int64_t t = 0; t < count; ++t) {
+      const std::int64_t image = (first + t) / tiles_an_image, tile = (first + t) % tiles_an_image;
+      load_tile(a, a.input + image * a.size[0] * a.size[1] * a.channels, tile / grid.columns * 2 - a.padding[0],
+                tile % grid.columns * 2 - a.padding[1], workspace + t * stride, a.block * stride);
+    }
+    for (std::int64_t filter = 0; filter < a.filters; filter += a.chunk) {
+      const std::int64_t width = smaller(a.chunk, a.filters - filter);
+      for (int point = 0; point < kPoints; ++point) {
+        for (std::int64_t f = 0; f < width; f += kPanel) {
+          multiply_panel(count, workspace + point * a.block * stride, stride,
+                         a.weight + (point * a.filters + filter + f) * a.channels, a.channels,
+                         products + point * a.block * chunk_stride + f, chunk_stride);
+        }
+      }
+      for (std::int64_t t = 0; t < count; ++t) {
+        const std::int64_t image = (first + t) / tiles_an_image, tile = (first + t) % tiles_an_image;
+        store_tile(a, a.result + image * a.out_size[0] * a.out_size[1] * a.filters, tile / grid.columns * 2,
+                   tile % grid.columns * 2, filter, width, products + t * chunk_stride, a.block * chunk_stride);
+      }
+    }
+  }
+}
+
+// The shares [begin, end) of a.shares equal ones; each has its own workspace.
+void winograd(const WinogradArguments& a, std::int64_t begin, std::int64_t end) {
+  const TileGrid grid = tile_grid(a);
+  const std::int64_t tiles = a.images * grid.rows * grid.columns;
+  const std::int64_t share = (tiles + a.shares - 1) / a.shares;
+  const std::int64_t workspace = kPoints * a.block * (a.channels + kSkew + a.chunk + kSkew);
+  for (std::int64_t i = begin; i < end; ++i) {
+    winograd_tiles(a, smaller(tiles, i * share), smaller(tiles, (i + 1) * share), a.workspace + i * workspace);
+  }
+}
+
+}  // namespace
+}  // namespace lrpfast
