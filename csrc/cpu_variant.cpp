@@ -5,6 +5,7 @@
 #include "dense_cpu.h"
 #include "elementwise_cpu.h"
 #include "pair_cpu.h"
+#include "pointwise_cpu.h"
 #include "pool_cpu.h"
 #include "ratio_cpu.h"
 #include "winograd_cpu.h"
@@ -12,6 +13,6 @@
 namespace lrpfast {
 
 const Kernels LRPFAST_VARIANT = {ratio,       pair,     select_by_sign, add_relu, dense_dgrad,
-                                 channel_sum, max_pool, pool_dgrad,     winograd};
+                                 channel_sum, max_pool, pool_dgrad,     winograd,    pointwise};
 
 }  // namespace lrpfast

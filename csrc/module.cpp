@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstdint>
+#include <tuple>
 
 #include "cpu_capability.h"
 #include "ops.h"
@@ -22,9 +23,11 @@ using lrpfast::AddReluArguments;
 using lrpfast::ChannelSumArguments;
 using lrpfast::DenseDgradArguments;
 using lrpfast::DType;
+using lrpfast::Epilogue;
 using lrpfast::MaxPoolArguments;
 using lrpfast::Operand;
 using lrpfast::PairArguments;
+using lrpfast::PointwiseArguments;
 using lrpfast::PoolDgradArguments;
 using lrpfast::RatioArguments;
 using lrpfast::SelectArguments;
@@ -204,32 +207,65 @@ void pool_dgrad(std::uintptr_t message, int dtype, std::uintptr_t winners, std::
       &arguments);
 }
 
-void winograd(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t result,
-              std::uintptr_t workspace, std::int64_t images, Pair size, Pair out_size, Pair padding,
-              std::int64_t channels, std::int64_t filters, std::int64_t block, std::int64_t chunk, bool add, bool relu,
-              int threads) {
-  const WinogradArguments arguments = {reinterpret_cast<const float*>(input),
-                                       reinterpret_cast<const float*>(weight),
-                                       reinterpret_cast<const float*>(bias),
-                                       reinterpret_cast<float*>(result),
-                                       reinterpret_cast<float*>(workspace),
-                                       images,
-                                       {size[0], size[1]},
-                                       {out_size[0], out_size[1]},
-                                       {padding[0], padding[1]},
-                                       channels,
-                                       filters,
-                                       block,
-                                       chunk,
-                                       threads,
-                                       add,
-                                       relu};
+template <typename Arguments, void (*lrpfast::Kernels::*kKernel)(const Arguments&, std::int64_t, std::int64_t)>
+void run_shares(const Arguments& arguments) {
   lrpfast::parallel_for(
-      threads, 1, 1, threads,
+      arguments.shares, 1, 1, static_cast<int>(arguments.shares),
       [](const void* context, std::int64_t begin, std::int64_t end) {
-        lrpfast::kernels().winograd(*static_cast<const WinogradArguments*>(context), begin, end);
+        (lrpfast::kernels().*kKernel)(*static_cast<const Arguments*>(context), begin, end);
       },
       &arguments);
+}
+
+const float* floats(std::uintptr_t address) { return reinterpret_cast<const float*>(address); }
+
+// bias, add, relu, sign, carrier, message_a, message_b, eps
+using EpilogueTuple = std::tuple<std::uintptr_t, bool, bool, std::uintptr_t, std::uintptr_t, std::uintptr_t,
+                                 std::uintptr_t, double>;
+
+Epilogue epilogue(const EpilogueTuple& e) {
+  return {floats(std::get<0>(e)), std::get<1>(e),         std::get<2>(e),         floats(std::get<3>(e)),
+          floats(std::get<4>(e)), floats(std::get<5>(e)), floats(std::get<6>(e)), static_cast<float>(std::get<7>(e))};
+}
+
+void winograd(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t result, std::uintptr_t workspace,
+              std::int64_t images, Pair size, Pair out_size, Pair padding, std::int64_t channels, std::int64_t filters,
+              std::int64_t block, std::int64_t chunk, EpilogueTuple then, int threads) {
+  run_shares<WinogradArguments, &lrpfast::Kernels::winograd>({floats(input),
+                                                              floats(weight),
+                                                              reinterpret_cast<float*>(result),
+                                                              reinterpret_cast<float*>(workspace),
+                                                              images,
+                                                              {size[0], size[1]},
+                                                              {out_size[0], out_size[1]},
+                                                              {padding[0], padding[1]},
+                                                              channels,
+                                                              filters,
+                                                              block,
+                                                              chunk,
+                                                              threads,
+                                                              epilogue(then)});
+}
+
+void pointwise(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t lower, std::uintptr_t result,
+               std::uintptr_t workspace, std::int64_t images, Pair size, Pair out_size, Pair stride,
+               std::int64_t channels, std::int64_t filters, std::int64_t block, bool by_sign, EpilogueTuple then,
+               int threads) {
+  run_shares<PointwiseArguments, &lrpfast::Kernels::pointwise>({floats(input),
+                                                                floats(weight),
+                                                                floats(lower),
+                                                                reinterpret_cast<float*>(result),
+                                                                reinterpret_cast<float*>(workspace),
+                                                                images,
+                                                                {size[0], size[1]},
+                                                                {out_size[0], out_size[1]},
+                                                                {stride[0], stride[1]},
+                                                                channels,
+                                                                filters,
+                                                                block,
+                                                                threads,
+                                                                by_sign,
+                                                                epilogue(then)});
 }
 
 py::dict build_info() {
@@ -257,6 +293,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("channel_sum", &channel_sum, py::call_guard<py::gil_scoped_release>());
   m.def("max_pool", &max_pool, py::call_guard<py::gil_scoped_release>());
   m.def("pool_dgrad", &pool_dgrad, py::call_guard<py::gil_scoped_release>());
+  m.def("pointwise", &pointwise, py::call_guard<py::gil_scoped_release>());
   m.def("winograd", &winograd, py::call_guard<py::gil_scoped_release>());
 #if LRPFAST_CUDA_BUILT
   m.def("cuda_ratio", &cuda_ratio, py::call_guard<py::gil_scoped_release>());

@@ -97,20 +97,44 @@ struct PoolDgradArguments {
   bool count_padding;
 };
 
+// What becomes of the sums of a product of matrices before they are written. Operands lie as the result does.
+struct Epilogue {
+  const float* bias;  // one a column, added; null: none
+  bool add;           // to what the result holds
+  bool relu;
+  const float* sign;  // given: what the result holds stays where sign >= 0
+  // Given message_a: result = carrier * (message_a + message_b) / S(sum), see RatioArguments; carrier and message_b may be null.
+  const float *carrier, *message_a, *message_b;
+  float eps;
+};
+
 // result = convolution of images with 3 x 3 filters, stride 1 (winograd_cpu.h): channels-last, float32. Channels are a multiple
 // of 16, filters of 32.
 struct WinogradArguments {
-  const float* input;      // [images, size, channels]
-  const float* weight;     // G g G', [16][filters / 32][channels][32]
-  const float* bias;       // [filters]; null: none
-  float* result;           // [images, out_size, filters]
-  float* workspace;        // shares * 16 * block * (channels + chunk + 32) floats
+  const float* input;   // [images, size, channels]
+  const float* weight;  // G g G', [16][filters / 32][channels][32]
+  float* result;        // [images, out_size, filters]
+  float* workspace;     // shares * 16 * block * (channels + chunk + 32) floats
   std::int64_t images, size[2], out_size[2], padding[2], channels, filters;
-  std::int64_t block;      // tiles that are worked on at a time
-  std::int64_t chunk;      // filters that are worked on at a time, a multiple of 32
-  std::int64_t shares;     // parts that tiles are dealt into, one a thread
-  bool add;                // to what the result holds
-  bool relu;
+  std::int64_t block;   // tiles that are worked on at a time
+  std::int64_t chunk;   // filters that are worked on at a time, a multiple of 32
+  std::int64_t shares;  // parts that tiles are dealt into, one a thread
+  Epilogue epilogue;
+};
+
+// result = convolution of images with 1 x 1 filters (pointwise_cpu.h): channels-last, float32. With `by_sign` the weight is that
+// of the channels' positive parts, followed by that of their negative ones. With `lower`, a second weight, the result is
+// sign >= 0 ? the product with `weight` : the product with `lower`; the epilogue then has its sign and nothing else.
+struct PointwiseArguments {
+  const float* input;           // [images, size, channels]
+  const float *weight, *lower;  // [filters / 32, rounded up][channels, twice by sign][32]
+  float* result;                // [images, out_size, filters]
+  float* workspace;             // shares * block * (channels, twice by sign, + 16) floats
+  std::int64_t images, size[2], out_size[2], stride[2], channels, filters;
+  std::int64_t block;   // rows that are worked on at a time
+  std::int64_t shares;  // parts that rows are dealt into, one a thread
+  bool by_sign;
+  Epilogue epilogue;
 };
 
 // One set of kernels an instruction set. Each computes the range [begin, end) of the result: elements, or rows of
@@ -124,7 +148,8 @@ struct Kernels {
   void (*channel_sum)(const ChannelSumArguments&, std::int64_t begin, std::int64_t end);
   void (*max_pool)(const MaxPoolArguments&, std::int64_t begin, std::int64_t end);
   void (*pool_dgrad)(const PoolDgradArguments&, std::int64_t begin, std::int64_t end);
-  void (*winograd)(const WinogradArguments&, std::int64_t begin, std::int64_t end);
+  void (*winograd)(const WinogradArguments&, std::int64_t begin, std::int64_t end);    // shares
+  void (*pointwise)(const PointwiseArguments&, std::int64_t begin, std::int64_t end);  // shares
 };
 
 extern const Kernels kernels_default;

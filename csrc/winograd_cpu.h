@@ -8,14 +8,12 @@
 // lose digits.
 #pragma once
 
-#include "matrix_cpu.h"
+#include "epilogue_cpu.h"
 
 namespace lrpfast {
 namespace {
 
 constexpr int kTile = 4, kPoints = kTile * kTile;
-// Rows that differ by a power of two would meet in the same few lines of the first-level cache.
-constexpr std::int64_t kSkew = 16;
 
 // B' d: the rows 0 - 2, 1 + 2, 2 - 1, 1 - 3.
 inline void transform_input(const Lanes d[4], Lanes out[4]) {
@@ -45,7 +43,7 @@ void load_tile(const WinogradArguments& a, const float* image, std::int64_t y, s
       for (int i = 0; i < kTile; ++i) {
         const std::int64_t row = y + i, column = x + j;
         const bool there = inside || (row >= 0 && row < a.size[0] && column >= 0 && column < a.size[1]);
-        d[i] = there ? lanes(image + (row * a.size[1] + column) * channels + c) : lanes(0.0f);
+        d[i] = there ? lanes(image + (row * a.size[1] + column) * channels + c) : Lanes{};
       }
       transform_input(d, half[j]);
     }
@@ -68,8 +66,8 @@ inline void transform_output(const Lanes m[4], Lanes out[2]) {
   out[1] = m[1] - m[2] - m[3];
 }
 
-// The 2 x 2 tile of the result at (y, x), kPanel filters from `filter` on.
-void store_tile(const WinogradArguments& a, float* image, std::int64_t y, std::int64_t x, std::int64_t filter,
+// The 2 x 2 tile of an image's result at (y, x), `count` filters from `filter` on.
+void store_tile(const WinogradArguments& a, std::int64_t image, std::int64_t y, std::int64_t x, std::int64_t filter,
                 std::int64_t count, const float* products, std::int64_t point_stride) {
   for (std::int64_t c = 0; c < count; c += kLanes) {
     Lanes half[kTile][2];  // [column][row]
@@ -82,7 +80,6 @@ void store_tile(const WinogradArguments& a, float* image, std::int64_t y, std::i
       }
       transform_output(m, half[j]);
     }
-    const Lanes bias = a.bias ? lanes(a.bias + filter + c) : lanes(0.0f);
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
       const Lanes m[kTile] = {half[0][i], half[1][i], half[2][i], half[3][i]};
@@ -93,15 +90,8 @@ void store_tile(const WinogradArguments& a, float* image, std::int64_t y, std::i
         if (y + i >= a.out_size[0] || x + j >= a.out_size[1]) {
           continue;
         }
-        float* to = image + ((y + i) * a.out_size[1] + x + j) * a.filters + filter + c;
-        Lanes value = pair[j] + bias;
-        if (a.add) {
-          value = value + lanes(static_cast<const float*>(to));
-        }
-        if (a.relu) {
-          value = larger(lanes(0.0f), value);  // the second operand where either is NaN
-        }
-        put(to, value);
+        finish(a.epilogue, pair[j], filter + c, a.result,
+               ((image * a.out_size[0] + y + i) * a.out_size[1] + x + j) * a.filters + filter + c);
       }
     }
   }
@@ -124,15 +114,17 @@ void winograd_tiles(const WinogradArguments& a, std::int64_t begin, std::int64_t
       const std::int64_t width = smaller(a.chunk, a.filters - filter);
       for (int point = 0; point < kPoints; ++point) {
         for (std::int64_t f = 0; f < width; f += kPanel) {
-          multiply_panel(count, workspace + point * a.block * stride, stride,
-                         a.weight + (point * a.filters + filter + f) * a.channels, a.channels,
-                         products + point * a.block * chunk_stride + f, chunk_stride);
+          float* to = products + point * a.block * chunk_stride + f;
+          multiply_panel(
+              count, workspace + point * a.block * stride, stride,
+              a.weight + (point * a.filters + filter + f) * a.channels, a.channels, kPanel,
+              [=](std::int64_t row, std::int64_t column, Lanes sum) { put(to + row * chunk_stride + column, sum); });
         }
       }
       for (std::int64_t t = 0; t < count; ++t) {
         const std::int64_t image = (first + t) / tiles_an_image, tile = (first + t) % tiles_an_image;
-        store_tile(a, a.result + image * a.out_size[0] * a.out_size[1] * a.filters, tile / grid.columns * 2,
-                   tile % grid.columns * 2, filter, width, products + t * chunk_stride, a.block * chunk_stride);
+        store_tile(a, image, tile / grid.columns * 2, tile % grid.columns * 2, filter, width,
+                   products + t * chunk_stride, a.block * chunk_stride);
       }
     }
   }

@@ -1,8 +1,12 @@
 """The compiled kernels (csrc/module.cpp). Addresses are integers; dtype codes are those of csrc/ops.h."""
 
+from collections.abc import Sequence
 from typing import TypedDict
 
-_Pair = list[int] | tuple[int, int]
+_Pair = Sequence[int]
+_Epilogue = tuple[
+    int, bool, bool, int, int, int, int, float
+]  # bias, add, relu, sign, carrier, message_a, message_b, eps
 
 class BuildInfo(TypedDict):
     compiler: str
@@ -120,7 +124,6 @@ def pool_dgrad(
 def winograd(
     input: int,
     weight: int,
-    bias: int,
     result: int,
     workspace: int,
     images: int,
@@ -131,8 +134,25 @@ def winograd(
     filters: int,
     block: int,
     chunk: int,
-    add: bool,
-    relu: bool,
+    then: _Epilogue,
+    threads: int,
+    /,
+) -> None: ...
+def pointwise(
+    input: int,
+    weight: int,
+    lower: int,
+    result: int,
+    workspace: int,
+    images: int,
+    size: _Pair,
+    out_size: _Pair,
+    stride: _Pair,
+    channels: int,
+    filters: int,
+    block: int,
+    by_sign: bool,
+    then: _Epilogue,
     threads: int,
     /,
 ) -> None: ...

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from lrpfast.graph import is_tensor, operation_name, value
+from lrpfast.ops.products import Product
 from lrpfast.relevance import Joint
 from lrpfast.runtime import Executor
 from lrpfast.runtime.step import Step
@@ -102,13 +103,14 @@ def step_time(step: Step, seconds: float, batch: int) -> StepTime:
     """Put a time beside what the step has to do for a batch."""
     node = step.node
     name = operation_name(node) + (f" ({step.note})" if step.note else "")
-    layer = node.args[0] if step.note.startswith("with its") and not _gmacs(node) else node
+    flops = sum(2e9 * batch * _gmacs(layer) * _within(layer) for layer in step.layers or (node,))
     touched: list[fx.Node] = []
     fx.map_arg((step.args, step.kwargs), touched.append)
     tensors = [t for n in {*touched, node} for t in _tensors(n.meta.get("val"))]
     tensors += [a for a in step.args if isinstance(a, torch.Tensor)]
+    tensors += [a.weight for a in step.args if isinstance(a, Product)]
     size = sum(math.prod(n if isinstance(n, int) else batch for n in t.shape) * t.element_size() for t in tensors)
-    return StepTime(node.meta.get("path", ""), name, seconds, 2e9 * batch * _gmacs(layer) * _within(layer), size)
+    return StepTime(node.meta.get("path", ""), name, seconds, flops, size)
 
 
 def _within(node: fx.Node) -> float:

@@ -1,8 +1,9 @@
 """Convolutions and their transposes as steps, in the way that is fastest here.
 
 torch's operators reorder a weight at every call. Here that is done once: for oneDNN, in the layout that it chooses for the size of
-batch that is expected, or for Winograd's filtering, which halves the time of 3 x 3 layers. A transpose is a plain convolution with
-flipped weights where the stride is 1, and a transposed convolution elsewhere. Which way wins is timed, layer by layer.
+batch that is expected, or for a product of our own (lrpfast.ops.products), which takes half the time for 3 x 3 layers and spares
+what follows elementwise a pass over memory. A transpose is a plain convolution with flipped weights where the stride is 1, and a
+transposed convolution elsewhere. Which way wins is timed, layer by layer.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import torch
 from torch import fx
 
 from lrpfast.graph import Constants, argument, is_tensor, operation_name, rank, static_sizes, value
-from lrpfast.ops import winograd
+from lrpfast.ops import products
+from lrpfast.ops.products import Pointwise, Product, Winograd
 from lrpfast.ops.transposes import TRANSPOSES, fits_plain_convolution, flipped_weight, left_over
+from lrpfast.runtime.fusion import Either, SignedPart
 from lrpfast.runtime.step import Step
 from lrpfast.runtime.tune import Tuner
 
@@ -28,7 +31,10 @@ _NO_EPILOGUE: _Epilogue = ("none", [], "")
 _SHOWN = {"relu": "ReLU", "hardtanh": "clamp"}
 
 # Ways to compute a layer, as `plan()` shows them.
-_DIRECT, _WINOGRAD, _TRANSPOSED, _BACKWARD = "as a convolution", "by Winograd", "as a transposed convolution", "torch's backward"
+_DIRECT, _TRANSPOSED, _BACKWARD = "as a convolution", "as a transposed convolution", "torch's backward"
+_OWN = {Winograd: "by Winograd", Pointwise: "as a product"}
+
+_Ways = dict[str, Callable[[], list[Step]]]
 
 
 def _epilogue(node: fx.Node) -> _Epilogue | None:
@@ -66,10 +72,10 @@ class Convolutions:
         self._batch = batch
         self._compiled = compiled
         self._tuner = tuner
-        self._prepared: dict[tuple[str, str], torch.Tensor] = {}
+        self._prepared: dict[tuple[str, str], Any] = {}
         self.tuned: dict[fx.Node, str] = {}
 
-    def _prepare(self, node: fx.Node, kind: str, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def _prepare(self, node: fx.Node, kind: str, make: Callable[[torch.Tensor], Any]) -> Any:
         key = (node.target, kind)
         if key not in self._prepared:
             with torch.no_grad():
@@ -81,100 +87,179 @@ class Convolutions:
             return node
         return self._prepare(node, "weight", lambda t: t.contiguous(memory_format=torch.channels_last))
 
-    def forward(self, node: fx.Node, activation: fx.Node | None) -> Step:
+    def forward(self, node: fx.Node, activation: fx.Node | None) -> list[Step]:
         """A convolution, and in the same call the activation that alone uses it, where there is one that has it."""
-        x, weight, _, _, _, _, transposed, _, _ = node.args
-        if transposed or not _one_dnn(node) or weight.op != "get_attr":
-            return Step(node, node.target, (x, self._weight(weight), *node.args[2:]))
+        x, weight = node.args[:2]
+        if not self._takes(node):
+            return [Step(node, node.target, (x, self._weight(weight), *node.args[2:]))]
         epilogue = None if activation is None else _epilogue(activation)
-        ways: dict[str, Callable[[], Step]] = {_DIRECT: lambda: self._direct_forward(node, activation, epilogue)}
+        ways: _Ways = {_DIRECT: lambda: [self._direct(node, activation, epilogue)]}
         relu = activation is not None and activation.target is aten.relu.default
-        if (relu or epilogue is None) and self._fits_winograd(x, weight, *node.args[3:6], node.args[8]):
-            ways = {_WINOGRAD: lambda: self._winograd_forward(node, activation if relu else None), **ways}
+        if relu or epilogue is None:
+            ways = self._with_own(
+                self._own_layer(node), ways, lambda own: self._own(node, own, activation if relu else None)
+            )
         return self._fastest(node, ways)
 
-    def _direct_forward(self, node: fx.Node, activation: fx.Node | None, epilogue: _Epilogue | None) -> Step:
-        x, weight, bias, stride, padding, dilation, _, _, groups = node.args
-        packed = self._packed(weight, _channels_last, x, stride, padding, dilation, groups)
-        layer = (x, packed, bias, stride, padding, dilation, groups)
-        if activation is None or epilogue is None:
-            return Step(node, *_pointwise(*layer, _NO_EPILOGUE))
-        return Step(activation, *_pointwise(*layer, epilogue), note=f"with its {_SHOWN[operation_name(activation)]}")
+    def ratio(self, node: fx.Node, layer: fx.Node | SignedPart, ratio: Step, out: fx.Node | None) -> list[Step] | None:
+        """A ratio and the layer that is its denominator; `ratio` is the step of the former, None where there is no better way."""
+        convolution = layer if isinstance(layer, fx.Node) else layer.first
+        x, bias = (convolution.args[0] if isinstance(layer, fx.Node) else layer.x), convolution.args[2]
+        make = self._own_layer(convolution) if isinstance(layer, fx.Node) else self._signed_layer(layer)
+        carrier, message, *other = node.args[:-2]
+        operands = [t for t in (carrier, message, *other) if t is not None]
+        if make is None or any(value(t).dtype is not torch.float32 for t in operands):
+            return None
 
-    def _winograd_forward(self, node: fx.Node, relu: fx.Node | None) -> Step:
-        x, weight, bias, _, padding = node.args[:5]
-        transformed = self._prepare(weight, "winograd", winograd.transformed_weight)
-        note = _WINOGRAD if relu is None else f"{_WINOGRAD}, with its ReLU"
-        return Step(relu or node, winograd.convolution, (x, transformed, bias, padding, relu is not None), note=note)
+        def own(made: Product) -> list[Step]:
+            args = (made, x, bias, carrier, message, other[0] if other else None, node.args[-1], out)
+            note = f"in a convolution {_OWN[type(made)]}"
+            return [Step(node, products.convolution_ratio, args, note=note, layers=(convolution,))]
 
-    def dgrad(self, node: fx.Node) -> Step:
+        kind, layer_of = make
+        if isinstance(layer, SignedPart):
+            return own(layer_of())
+        ways: _Ways = {kind: lambda: own(layer_of()), _DIRECT: lambda: [self._direct(convolution, None, None), ratio]}
+        return self._fastest(convolution, ways, "in its ratio")
+
+    def signed(self, node: fx.Node, part: SignedPart) -> list[Step] | None:
+        """The positive part of a layer with signed input, in one call; None where there is none."""
+        make = self._signed_layer(part)
+        if make is None:
+            return None
+        args = (make[1](), part.x, part.first.args[2])
+        return [Step(node, products.convolution, args, note=make[0], layers=(part.first,))]
+
+    def either(self, group: Either) -> list[Step] | None:
+        """One of two transposes, by the sign of a value; None where there is no better way than both."""
+        uppers, lowers = (self._own_layer(t) for t in (group.upper, group.lower))
+        if uppers is None or lowers is None or _OWN[Pointwise] != uppers[0]:
+            return None
+        upper, lower = group.upper.args[1], group.lower.args[1]
+        layer = self._prepare(
+            upper,
+            f"either {lower.target}",
+            lambda t: Pointwise.of_either(flipped_weight(t, 1), flipped_weight(self._constants[lower.target], 1)),
+        )
+        args = (layer, group.upper.args[0], group.x)
+        note = f"of two transposes, {_OWN[Pointwise]}"
+        return [Step(group.last, products.either_convolution, args, note=note, layers=(group.upper, group.lower))]
+
+    def dgrad(self, node: fx.Node) -> list[Step]:
         """The transpose of a convolution, in the way that is fastest here."""
-        ways: dict[str, Callable[[], Step]] = {}
+        ways: _Ways = {}
         if self._is_plain(node):
-            if self._winograd_takes(node):
-                ways[_WINOGRAD] = lambda: Step(node, winograd.convolution, self._winograd_dgrad(node), note=_WINOGRAD)
-            ways[_DIRECT] = lambda: Step(node, *_pointwise(*self._plain_operands(node), _NO_EPILOGUE), note=_DIRECT)
+            ways[_DIRECT] = lambda: [Step(node, *_pointwise(*self._plain_operands(node), _NO_EPILOGUE), note=_DIRECT)]
         elif (transposed := self._transposed_convolution(node)) is not None:
             ways[_TRANSPOSED] = transposed
-        ways[_BACKWARD] = lambda: self._torch_backward(node)
+        ways[_BACKWARD] = lambda: [self._torch_backward(node)]
+        ways = self._with_own(self._own_layer(node), ways, lambda own: self._own(node, own, None))
         return self._fastest(node, ways)
 
-    def dgrad_added(self, node: fx.Node, total: fx.Node) -> Callable[[fx.Node], Step] | None:
+    def dgrad_added(self, node: fx.Node, total: fx.Node, add: fx.Node) -> Step | None:
         """The transpose added to a value that may be written, as the step of the sum; None where no way adds."""
         if not self._is_plain(node):
             return None
-        way = self.dgrad(node).note
-        if way == _WINOGRAD:
-            _, transformed, _, padding, _ = self._winograd_dgrad(node)
-            function: Callable[..., Any] = winograd.convolution_add_
-            args: tuple = (total, node.args[0], transformed, padding)
-        elif way == _DIRECT:
+        (step,) = self.dgrad(node)
+        if step.function is products.convolution:
+            function: Callable[..., Any] = products.convolution_add_
+            args: tuple = (total, step.args[0], node.args[0])
+        elif step.note == _DIRECT:
             s, packed, _, stride, padding, dilation, groups = self._plain_operands(node)
             function = torch.ops.mkldnn._convolution_pointwise_.binary
             args = (total, s, packed, None, padding, stride, dilation, groups, "add", 1.0, None, [], None)
         else:
             return None
-        return lambda add: Step(add, function, args, note=f"added {way}")
+        return Step(add, function, args, note=f"added {step.note}", layers=(node,))
 
-    def _fits_winograd(
-        self, x: fx.Node, weight: fx.Node, stride: list[int], padding: list[int], dilation: list[int], groups: int
-    ) -> bool:
-        shape = value(weight).shape
-        return self._compiled and winograd.is_fast() and winograd.fits(value(x), shape, stride, padding, dilation, groups)
+    # --- ways ---
 
-    def _winograd_takes(self, node: fx.Node) -> bool:
-        """Whether a transpose that is a plain convolution is one for Winograd's filtering."""
-        s, weight, _, stride, padding, dilation, groups = node.args
+    def _takes(self, node: fx.Node) -> bool:
+        """Whether a convolution is one for oneDNN: plain, of images, its weight known."""
+        return not node.args[6] and node.args[1].op == "get_attr" and _one_dnn(node)
+
+    def _direct(self, node: fx.Node, activation: fx.Node | None, epilogue: _Epilogue | None) -> Step:
+        x, weight, bias, stride, padding, dilation, _, _, groups = node.args
+        packed = self._packed(weight, _channels_last, x, stride, padding, dilation, groups)
+        layer = (x, packed, bias, stride, padding, dilation, groups)
+        if activation is None or epilogue is None:
+            return Step(node, *_pointwise(*layer, _NO_EPILOGUE))
+        note = f"with its {_SHOWN[operation_name(activation)]}"
+        return Step(activation, *_pointwise(*layer, epilogue), note=note, layers=(node,))
+
+    def _own(self, node: fx.Node, layer: Product, relu: fx.Node | None) -> list[Step]:
+        bias = node.args[2] if node.target is aten.convolution.default else None
+        note = _OWN[type(layer)] + (", with its ReLU" if relu else "")
+        args = (layer, node.args[0], bias, relu is not None)
+        return [Step(relu or node, products.convolution, args, note=note, layers=(node,))]
+
+    def _own_layer(self, node: fx.Node) -> tuple[str, Callable[[], Product]] | None:
+        """A convolution, or a transpose that is one, as a product of our own: its name and how it is made."""
+        is_forward = node.target is aten.convolution.default
+        if is_forward and not self._takes(node) or not is_forward and not self._is_plain(node):
+            return None
+        x, weight = node.args[:2]
+        if not self._compiled or not products.is_fast() or not products.takes(value(x)):
+            return None
         shape = value(weight).shape
-        inverse = [2 - p for p in padding]
-        swapped = [shape[1], shape[0], *shape[2:]]
-        return (
-            self._compiled
-            and winograd.is_fast()
-            and winograd.fits(value(s), swapped, stride, inverse, dilation, groups)
+        if is_forward:
+            stride, padding, dilation, groups = *node.args[3:6], node.args[8]
+        else:
+            _, _, _, stride, padding, dilation, groups = node.args
+            padding = [d * (k - 1) - p for d, k, p in zip(dilation, shape[2:], padding, strict=True)]
+            shape = (shape[1], shape[0], *shape[2:])
+
+        def arranged(t: torch.Tensor) -> torch.Tensor:
+            return t if is_forward else flipped_weight(t, 1)
+
+        kind = f"{'' if is_forward else 'flipped '}{stride} {padding}"
+        if Winograd.fits(shape, static_sizes(x, (2, 3)), stride, padding, dilation, groups):
+            make = functools.partial(
+                self._prepare, weight, f"winograd {kind}", lambda t: Winograd.of(arranged(t), padding)
+            )
+            return _OWN[Winograd], make
+        if Pointwise.fits(shape, padding, groups):
+            make = functools.partial(
+                self._prepare, weight, f"product {kind}", lambda t: Pointwise.of(arranged(t), stride)
+            )
+            return _OWN[Pointwise], make
+        return None
+
+    def _signed_layer(self, part: SignedPart) -> tuple[str, Callable[[], Product]] | None:
+        own = self._own_layer(part.first)
+        if own is None or own[0] != _OWN[Pointwise] or part.negative.op != "get_attr":
+            return None
+        stride, negative = part.first.args[3], part.negative.target
+        return own[0], functools.partial(
+            self._prepare,
+            part.first.args[1],
+            f"parts {negative} {stride}",
+            lambda t: Pointwise.of_parts(t, self._constants[negative], stride),
         )
 
-    def _winograd_dgrad(self, node: fx.Node) -> tuple[fx.Node, torch.Tensor, None, list[int], bool]:
-        """Operands of the plain convolution that a transpose is, by Winograd's filtering."""
-        s, weight, _, _, padding = node.args[:5]
-        transformed = self._prepare(
-            weight, "winograd flipped", lambda t: winograd.transformed_weight(flipped_weight(t, 1))
-        )
-        return s, transformed, None, [2 - p for p in padding], False
+    def _with_own(
+        self, own: tuple[str, Callable[[], Product]] | None, ways: _Ways, step: Callable[[Product], list[Step]]
+    ) -> _Ways:
+        """The ways with that of our own among them: first, where it is expected to be the fastest."""
+        if own is None:
+            return ways
+        kind, make = own
+        mine: _Ways = {kind: lambda: step(make())}
+        return {**mine, **ways} if kind == _OWN[Winograd] else {**ways, **mine}
 
     def _torch_backward(self, node: fx.Node) -> Step:
         s, weight = node.args[:2]
         function = TRANSPOSES["conv_dgrad"][1]
         return Step(node, function, (s, self._weight(weight), *node.args[2:]), note=_BACKWARD)
 
-    def _fastest(self, node: fx.Node, ways: dict[str, Callable[[], Step]]) -> Step:
+    def _fastest(self, node: fx.Node, ways: _Ways, where: str = "") -> list[Step]:
         """The way that is fastest here; without a tuner, or for little work, the first, which is expected to be."""
         expected = next(iter(ways.values()))
         if self._tuner is None or len(ways) == 1 or _work(node, self._batch) < _WORTH_TUNING:
             return expected()
         batch = self._timing_batch(node.args[0])
         described = [f"{value(a).dtype} {_real_size(a, batch)}" if is_tensor(a) else str(a) for a in node.args]
-        key = f"{operation_name(node)} {', '.join(described)}: {', '.join(ways)}"
+        key = f"{operation_name(node)} {', '.join(described)} {where}: {', '.join(ways)}"
         before = dict(self._prepared)
         chosen = self._tuner.choose(key, lambda: self._calls({name: way() for name, way in ways.items()}, batch))
         self._prepared = before  # the layouts of the other ways are each as large as the weight
@@ -185,7 +270,7 @@ class Convolutions:
         """The batch that ways are timed with: as many samples as tell a large layer's time, which is proportional."""
         return max(1, min(self._batch, _TIMED_ELEMENTS // math.prod(_real_size(s, 1))))
 
-    def _calls(self, ways: dict[str, Step], batch: int) -> dict[str, Callable[[], object]]:
+    def _calls(self, ways: dict[str, list[Step]], batch: int) -> dict[str, Callable[[], object]]:
         """The ways on random values."""
         generator = torch.Generator().manual_seed(0)  # its own: the user's random numbers stay theirs
         drawn: dict[fx.Node, torch.Tensor] = {}
@@ -194,17 +279,20 @@ class Convolutions:
             if node.op == "get_attr":
                 return self._constants[node.target]
             if node not in drawn:
-                values = torch.randn(_real_size(node, batch), generator=generator).to(value(node).dtype)
+                values = torch.rand(_real_size(node, batch), generator=generator).to(value(node).dtype)
                 drawn[node] = _channels_last(values)
             return drawn[node]
 
-        def call(step: Step, args: Any) -> object:
+        def call(steps: list[Step]) -> None:
+            made: dict[fx.Node, Any] = {}
             with torch.no_grad():
-                return step.function(*args)
+                for step in steps:
+                    args = fx.map_arg(step.args, lambda n: made[n] if n in made else real(n))
+                    made[step.node] = step.function(*args)
 
-        return {name: functools.partial(call, way, fx.map_arg(way.args, real)) for name, way in ways.items()}
+        return {name: functools.partial(call, steps) for name, steps in ways.items()}
 
-    def _transposed_convolution(self, node: fx.Node) -> Callable[[], Step] | None:
+    def _transposed_convolution(self, node: fx.Node) -> Callable[[], list[Step]] | None:
         """A strided transpose in oneDNN, with its weight in oneDNN's layout; None where that does not take it."""
         s, weight, size, stride, padding, dilation, groups = node.args
         if weight.op != "get_attr" or not _one_dnn(node):
@@ -214,7 +302,7 @@ class Convolutions:
             return None
         like = [self._batch, *static_sizes(s, (1, 2, 3))]
 
-        def step() -> Step:
+        def steps() -> list[Step]:
             packed = self._prepare(
                 weight,
                 f"transposed {like} {rest} {stride} {padding} {dilation}",
@@ -224,9 +312,9 @@ class Convolutions:
             )
             function = torch.ops.mkldnn._convolution_transpose_pointwise.default
             args = (s, packed, None, padding, rest, stride, dilation, groups, *_NO_EPILOGUE)
-            return Step(node, function, args, note=_TRANSPOSED)
+            return [Step(node, function, args, note=_TRANSPOSED)]
 
-        return step
+        return steps
 
     def _is_plain(self, node: fx.Node) -> bool:
         """Whether a transpose is a plain convolution with flipped weights that are made beforehand."""
@@ -234,7 +322,9 @@ class Convolutions:
         fits = fits_plain_convolution(value(weight).shape, stride, padding, dilation, groups)
         return weight.op == "get_attr" and fits and _one_dnn(node)
 
-    def _plain_operands(self, node: fx.Node) -> tuple[fx.Node, torch.Tensor, None, list[int], list[int], list[int], int]:
+    def _plain_operands(
+        self, node: fx.Node
+    ) -> tuple[fx.Node, torch.Tensor, None, list[int], list[int], list[int], int]:
         """Operands of the plain convolution that a transpose is."""
         s, weight, _, stride, padding, dilation, groups = node.args
         inverse = [d * (k - 1) - p for d, k, p in zip(dilation, value(weight).shape[2:], padding, strict=True)]

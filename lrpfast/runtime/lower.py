@@ -27,6 +27,7 @@ from lrpfast.graph import (
 from lrpfast.ops import native, reference
 from lrpfast.ops.transposes import TRANSPOSES
 from lrpfast.runtime.convolutions import Convolutions
+from lrpfast.runtime.fusion import Either, find_groups
 from lrpfast.runtime.step import Step
 
 aten = torch.ops.aten
@@ -42,6 +43,7 @@ class Liveness:
     """When each value, and the memory that it may share with others, is used for the last time."""
 
     def __init__(self, nodes: list[fx.Node], keep: Iterable[fx.Node]) -> None:
+        self._nodes = nodes
         self.position = {n: i for i, n in enumerate(nodes)}
         self.root: dict[fx.Node, fx.Node] = {}
         for node in nodes:
@@ -64,6 +66,10 @@ class Liveness:
         """Whether the memory of a value still holds it when `user` runs."""
         root = self.root[value_node]
         return self._last.get(root, -1) >= self.position[user] or not self.owned(value_node)
+
+    def last_user(self, value_node: fx.Node) -> fx.Node:
+        """The last node to need the memory of a value."""
+        return self._nodes[self._last[self.root[value_node]]]
 
     def owned(self, node: fx.Node) -> bool:
         """Whether a value's memory was made by a step, at full size, so that it may be written."""
@@ -99,14 +105,46 @@ class Lowering:
 
     def steps(self) -> list[Step]:
         """The steps of the program, in order; a node that was fused into another has none."""
-        result = []
+        fused = self._fused()
+        result: list[Step] = []
         for node in self.nodes:
             if node.op != "call_function" or node in self._computed:
                 continue
-            lower = getattr(self, f"_lower_{operation_name(node)}", None)
-            step = lower(node) if lower else None
-            result.append(step or Step(node, node.target, tuple(node.args), dict(node.kwargs)))
+            result += fused[node] if node in fused else self._lower(node)
         return [step for step in result if step.node not in self._postponed]
+
+    def _lower(self, node: fx.Node) -> list[Step]:
+        lower = getattr(self, f"_lower_{operation_name(node)}", None)
+        made = lower(node) if lower else None
+        if made is None:
+            return [Step(node, node.target, tuple(node.args), dict(node.kwargs))]
+        return made if isinstance(made, list) else [made]
+
+    # --- groups of nodes in one call ---
+
+    def _fused(self) -> dict[fx.Node, list[Step]]:
+        """The steps of each group that one call computes, at its last node, and none at the nodes that they replace."""
+        steps: dict[fx.Node, list[Step]] = {}
+        if self.kernels is not native:
+            return steps
+        for group in find_groups(self.nodes, self):
+            if isinstance(group, Either):
+                made = self.convolutions.either(group)
+            elif operation_name(group.last) in ("ratio", "ratio_sum"):
+                (ratio,) = self._lower(group.last)
+                out = next((m for m in group.last.args[1:-2] if self._writable(m, group.last)), None)
+                made = self.convolutions.ratio(group.last, group.layer, ratio, out)
+            else:
+                assert not isinstance(group.layer, fx.Node)
+                made = self.convolutions.signed(group.last, group.layer)
+            if made is not None:
+                steps[group.last] = made
+                steps |= {node: [] for node in group.replaced}
+        return steps
+
+    def readable(self, node: fx.Node, at: fx.Node, instead_of: set[fx.Node]) -> bool:
+        """Whether the memory of a value still holds it at a node, if some of the nodes that use it do not run."""
+        return self.liveness.lives_until(node, at) or self.liveness.last_user(node) in instead_of
 
     # --- constants ---
 
@@ -116,16 +154,15 @@ class Lowering:
 
     # --- layers ---
 
-    def _lower_convolution(self, node: fx.Node) -> Step:
-        step = self.convolutions.forward(node, self._only_user(node))
-        if step.node is not node:
-            self._computed.add(step.node)
-        return step
+    def _lower_convolution(self, node: fx.Node) -> list[Step]:
+        steps = self.convolutions.forward(node, self.only_user(node))
+        self._computed |= {step.node for step in steps} - {node}
+        return steps
 
-    def _lower_conv_dgrad(self, node: fx.Node) -> Step:
+    def _lower_conv_dgrad(self, node: fx.Node) -> list[Step]:
         return self.convolutions.dgrad(node)
 
-    def _only_user(self, node: fx.Node) -> fx.Node | None:
+    def only_user(self, node: fx.Node) -> fx.Node | None:
         """The only user of a value that nothing else needs."""
         users = list(node.users)
         return users[0] if len(users) == 1 and node not in self.keep else None
@@ -205,7 +242,7 @@ class Lowering:
         """A choice by the sign of a value in one pass, without the mask."""
         condition, upper, lower = node.args
         by_sign = is_tensor(condition) and condition.target is aten.ge.Scalar and condition.args[1] == 0
-        if not by_sign or self.kernels is not native or self._only_user(condition) is not node:
+        if not by_sign or self.kernels is not native or self.only_user(condition) is not node:
             return None
         x = condition.args[0]
         same = (
@@ -225,7 +262,7 @@ class Lowering:
         a, b = node.args[:2]
         if not _is_plain_sum(node) or a is b:
             return None
-        relu = self._only_user(node)
+        relu = self.only_user(node)
         same = value(a).dtype == value(b).dtype and same_sizes(value(a).shape, value(b).shape)
         if relu is not None and relu.target is aten.relu.default and self.kernels is native and same:
             self._computed.add(relu)
@@ -247,11 +284,10 @@ class Lowering:
         both = all(n.target is torch.ops.lrpfast.conv_dgrad.default for n in (left, right))
         if not both or len(right.users) != 1 or right in self.keep:
             return None
-        added = self.convolutions.dgrad_added(right, left)
-        if added is None:
-            return None
-        self._postponed.add(right)
-        return added(node)
+        added = self.convolutions.dgrad_added(right, left, node)
+        if added is not None:
+            self._postponed.add(right)
+        return added
 
     def _lower_mul(self, node: fx.Node) -> Step | None:
         a, b = node.args[:2]

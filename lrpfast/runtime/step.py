@@ -11,10 +11,14 @@ from torch import fx
 
 @dataclasses.dataclass
 class Step:
-    """One call: `node` is its result; `args` hold nodes, tensors and plain values."""
+    """One call: `node` is its result; `args` hold nodes, tensors and plain values.
+
+    `layers` are the layers that it computes, where that is not `node`; `note` says how.
+    """
 
     node: fx.Node
     function: Callable[..., Any]
     args: tuple
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     note: str = ""
+    layers: tuple[fx.Node, ...] = ()

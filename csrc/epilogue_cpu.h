@@ -1,0 +1,87 @@
+// What becomes of sums before they are written, while they are in registers: see Epilogue. An elementwise step that follows a
+// product costs no pass over memory of its own.
+#pragma once
+
+#include "matrix_cpu.h"
+
+namespace lrpfast {
+namespace {
+
+// carrier * message / S(z) as in ratio_cpu.h: the quotient first.
+template <bool kCarrier, bool kSum>
+inline Lanes ratio_lanes(const Epilogue& e, Lanes z, std::int64_t at) {
+  Lanes message = lanes(e.message_a + at);
+  if (kSum) {
+    message = message + lanes(e.message_b + at);
+  }
+  const Lanes zero = {}, eps = lanes(e.eps);
+  const Lanes stable = z + (z >= zero ? eps : -eps);
+  const Lanes value = kCarrier ? message * (lanes(e.carrier + at) / stable) : message / stable;
+  return e.eps == 0.0f ? (z == zero ? zero : value) : value;
+}
+
+inline Lanes ratio_lanes(const Epilogue& e, Lanes z, std::int64_t at) {
+  if (e.carrier) {
+    return e.message_b ? ratio_lanes<true, true>(e, z, at) : ratio_lanes<true, false>(e, z, at);
+  }
+  return e.message_b ? ratio_lanes<false, true>(e, z, at) : ratio_lanes<false, false>(e, z, at);
+}
+
+// `sum` belongs to `column`, and to the place `at` of the result.
+inline void finish(const Epilogue& e, Lanes sum, std::int64_t column, float* result, std::int64_t at) {
+  if (e.bias) {
+    sum = sum + lanes(e.bias + column);
+  }
+  if (e.message_a) {
+    put(result + at, ratio_lanes(e, sum, at));
+    return;
+  }
+  if (e.add) {
+    sum = sum + lanes(result + at);
+  }
+  if (e.relu) {
+    sum = sum <= Lanes{} ? Lanes{} : sum;  // a NaN stays
+  }
+  if (e.sign) {
+    sum = lanes(e.sign + at) >= Lanes{} ? lanes(result + at) : sum;
+  }
+  put(result + at, sum);
+}
+
+// Asks for what `finish` will read there, so that it comes while products are computed.
+inline void prefetch(const Epilogue& e, std::int64_t at) {
+  if (e.message_a) {
+    __builtin_prefetch(e.message_a + at, 0, 2);
+    if (e.message_b) {
+      __builtin_prefetch(e.message_b + at, 0, 2);
+    }
+    if (e.carrier) {
+      __builtin_prefetch(e.carrier + at, 0, 2);
+    }
+  }
+  if (e.sign) {
+    __builtin_prefetch(e.sign + at, 0, 2);
+  }
+}
+
+// The same for `count` < kLanes columns, the last of a row: what lies behind them is neither read nor written.
+inline void finish_part(const Epilogue& e, Lanes sum, std::int64_t column, float* result, std::int64_t at,
+                        std::int64_t count) {
+  alignas(64) float parts[6][kLanes] = {};
+  const float* sources[] = {e.bias ? e.bias + column : nullptr, e.sign ? e.sign + at : nullptr,
+                            e.carrier ? e.carrier + at : nullptr, e.message_a ? e.message_a + at : nullptr,
+                            e.message_b ? e.message_b + at : nullptr, result + at};
+  const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(float);
+  for (int i = 0; i < 6; ++i) {
+    if (sources[i]) {
+      std::memcpy(parts[i], sources[i], bytes);
+    }
+  }
+  const auto part = [&](int i) { return sources[i] ? parts[i] : nullptr; };
+  const Epilogue whole = {part(0), e.add, e.relu, part(1), part(2), part(3), part(4), e.eps};
+  finish(whole, sum, 0, parts[5], 0);
+  std::memcpy(result + at, parts[5], bytes);
+}
+
+}  // namespace
+}  // namespace lrpfast

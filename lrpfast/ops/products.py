@@ -1,0 +1,210 @@
+"""Convolutions of our own, in C++, with what follows them elementwise in the same call: float32, channels-last.
+
+Two kinds of layers, each with its weight laid out once:
+
+- `Winograd`: 3 x 3 filters, stride 1, by Winograd's minimal filtering F(2 x 2, 3 x 3) (csrc/winograd_cpu.h). It takes 4 / 9 of the
+  multiplications of the direct form, half its time on large layers, and rounds no worse: sums are nine times shorter. Larger
+  tiles, which would save more, lose digits. A value of the result depends on its own window alone, in rounding errors too: a
+  window of zeros gives zero exactly. Infinities may come out as NaN.
+- `Pointwise`: 1 x 1 filters, a product of matrices (csrc/pointwise_cpu.h). It also takes the positive part of a layer with signed
+  input (RULES §2: ``W⁺x⁺ + W⁻x⁻``) in one call.
+
+Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lrpfast.ops import native
+
+_PANEL = 32  # filters, in a weight's innermost dimension
+_SKEW = 16  # kSkew of csrc/matrix_cpu.h
+_TILES, _CHUNK = 56, 128  # tiles, and filters, that are worked on at a time: products stay in the second-level cache
+
+_Then = tuple[int, bool, bool, int, int, int, int, float]  # Epilogue of csrc/ops.h, pointers as numbers
+
+
+def is_fast() -> bool:
+    """Whether the processor has fused multiply-adds, so that these can be expected to keep up with oneDNN."""
+    return native.extension is not None and native.extension.cpu_capability() != "default"
+
+
+def takes(x: Tensor) -> bool:
+    """Whether values of this tensor's dtype and device can be read; a fake tensor will do."""
+    return native.takes(x) and x.dtype is torch.float32 and x.dim() == 4
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Winograd:
+    """A 3 x 3 convolution of stride 1.
+
+    Attributes
+    ----------
+    weight
+        G g Gᵀ of each filter, ``[16, K / 32, C, 32]``.
+    padding
+        0, 1 or 2, of height and width.
+    """
+
+    weight: Tensor
+    padding: tuple[int, ...]
+
+    @staticmethod
+    def fits(
+        weight_shape: Sequence[int], size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+        dilation: Sequence[int], groups: int,
+    ) -> bool:  # fmt: skip
+        """Whether a layer with filters of this shape on images of this size is one."""
+        plain = [*weight_shape[2:]] == [3, 3] and [*stride, *dilation, groups] == [1] * 5
+        if not plain or not all(0 <= p <= 2 for p in padding):
+            return False
+        whole = weight_shape[0] % _PANEL == 0 and weight_shape[1] % 16 == 0
+        return whole and all(n + 2 * p >= 4 for n, p in zip(size, padding, strict=True))  # a tile of results, at least
+
+    @classmethod
+    def of(cls, weight: Tensor, padding: Sequence[int]) -> Winograd:
+        """Lay out filters ``[K, C, 3, 3]``. They are transformed in float64."""
+        filters, channels = weight.shape[:2]
+        both = _transform(_transform(weight.double(), 2), 3)
+        laid_out = both.permute(2, 3, 0, 1).reshape(16, filters // _PANEL, _PANEL, channels).mT.float().contiguous()
+        return cls(laid_out, tuple(padding))
+
+    def empty(self, x: Tensor) -> Tensor:
+        """Memory for the result."""
+        size = [n + 2 * p - 2 for n, p in zip(x.shape[2:], self.padding, strict=True)]
+        return _images(x.shape[0], self.weight.shape[1] * _PANEL, size)
+
+    def run(self, x: Tensor, out: Tensor, then: _Then) -> Tensor:
+        assert native.extension is not None
+        channels, filters = x.shape[1], out.shape[1]
+        chunk, threads = min(_CHUNK, filters), torch.get_num_threads()
+        workspace = torch.empty(threads * 16 * _TILES * (channels + chunk + 2 * _SKEW))
+        native.extension.winograd(
+            x.data_ptr(), self.weight.data_ptr(), out.data_ptr(), workspace.data_ptr(), x.shape[0], x.shape[2:],
+            out.shape[2:], self.padding, channels, filters, _TILES, chunk, then, threads,
+        )  # fmt: skip
+        return out
+
+
+def _transform(g: Tensor, dim: int) -> Tensor:
+    first, middle, last = g.unbind(dim)
+    outer = first + last
+    return torch.stack([first, (outer + middle) / 2, (outer - middle) / 2, last], dim)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pointwise:
+    """A 1 x 1 convolution without padding.
+
+    Attributes
+    ----------
+    weight
+        ``[K / 32 rounded up, C, 32]``, padded with zeros; of a layer by sign the filters of x⁺, then those of x⁻, in place of C.
+    filters
+        K.
+    stride
+        Of height and width.
+    lower
+        The weight of another such layer: the result is its own where a given sign is negative.
+    """
+
+    weight: Tensor
+    filters: int
+    stride: tuple[int, ...]
+    by_sign: bool = False
+    lower: Tensor | None = None
+
+    @staticmethod
+    def fits(weight_shape: Sequence[int], padding: Sequence[int], groups: int) -> bool:
+        """Whether a layer with filters of this shape is one."""
+        return [*weight_shape[2:]] == [1, 1] and not any(padding) and groups == 1
+
+    @classmethod
+    def of(cls, weight: Tensor, stride: Sequence[int]) -> Pointwise:
+        """Lay out filters ``[K, C, 1, 1]``."""
+        return cls(_panels(weight), weight.shape[0], tuple(stride))
+
+    @classmethod
+    def of_parts(cls, positive: Tensor, negative: Tensor, stride: Sequence[int]) -> Pointwise:
+        """``positive * x⁺ + negative * x⁻``."""
+        both = torch.cat([positive, negative], 1)
+        return cls(_panels(both), both.shape[0], tuple(stride), by_sign=True)
+
+    @classmethod
+    def of_either(cls, upper: Tensor, lower: Tensor) -> Pointwise:
+        """``upper * x`` where a sign is not negative, else ``lower * x``."""
+        return cls(_panels(upper), upper.shape[0], (1, 1), lower=_panels(lower))
+
+    def empty(self, x: Tensor) -> Tensor:
+        """Memory for the result."""
+        return _images(x.shape[0], self.filters, [-(-n // t) for n, t in zip(x.shape[2:], self.stride, strict=True)])
+
+    def run(self, x: Tensor, out: Tensor, then: _Then) -> Tensor:
+        assert native.extension is not None
+        panels, depth, _ = self.weight.shape
+        threads = torch.get_num_threads()
+        rows = 14 if depth <= 64 else 28  # worked on at a time: their products stay in the first-level cache, or near it
+        workspace = torch.empty(threads * rows * (depth + _SKEW + panels * _PANEL))
+        native.extension.pointwise(
+            x.data_ptr(), self.weight.data_ptr(), 0 if self.lower is None else self.lower.data_ptr(), out.data_ptr(),
+            workspace.data_ptr(), x.shape[0], x.shape[2:], out.shape[2:], self.stride, x.shape[1], self.filters, rows,
+            self.by_sign, then, threads,
+        )  # fmt: skip
+        return out
+
+
+def _panels(weight: Tensor) -> Tensor:
+    filters, depth = weight.shape[:2]
+    padded = weight.new_zeros((-(-filters // _PANEL) * _PANEL, depth))
+    padded[:filters] = weight.flatten(1)
+    return padded.unflatten(0, (-1, _PANEL)).mT.contiguous()
+
+
+def _images(batch: int, channels: int, size: Sequence[int]) -> Tensor:
+    return torch.empty((batch, channels, *size), memory_format=torch.channels_last)
+
+
+Product = Winograd | Pointwise
+
+
+def convolution(layer: Product, x: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
+    """The layer on images ``[N, C, H, W]``, and a ReLU."""
+    bias = None if bias is None else bias.contiguous()
+    return layer.run(_laid_out(x), layer.empty(x), (_pointer(bias), False, relu, 0, 0, 0, 0, 0.0))
+
+
+def convolution_add_(out: Tensor, layer: Product, x: Tensor) -> Tensor:
+    """Add the layer's result to `out`, which is returned: the same memory where it lies channels-last."""
+    return layer.run(_laid_out(x), _laid_out(out), (0, True, False, 0, 0, 0, 0, 0.0))
+
+
+def convolution_ratio(
+    layer: Product, x: Tensor, bias: Tensor | None, carrier: Tensor | None, message_a: Tensor, message_b: Tensor | None,
+    eps: float, out: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """``carrier * (message_a + message_b) / S(z)`` with the layer's result for z, which is never stored; `out` may be a message."""
+    over = out is not None and out.is_contiguous(memory_format=torch.channels_last)
+    result = out if out is not None and over else layer.empty(x)
+    shape = result.shape
+    bias = None if bias is None else bias.contiguous()
+    operands = [None if t is None else _laid_out(t.expand(shape)) for t in (carrier, message_a, message_b)]
+    return layer.run(_laid_out(x), result, (_pointer(bias), False, False, 0, *map(_pointer, operands), eps))
+
+
+def either_convolution(layer: Pointwise, x: Tensor, sign: Tensor) -> Tensor:
+    """The layer's upper or lower result, see `Pointwise.of_either`; `sign` is of the result's shape."""
+    laid_out = _laid_out(sign)
+    return layer.run(_laid_out(x), layer.empty(x), (0, False, False, laid_out.data_ptr(), 0, 0, 0, 0.0))
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

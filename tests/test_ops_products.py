@@ -1,0 +1,267 @@
+"""Convolutions of our own against float64: Winograd's filtering and 1 x 1 products, each with all that may follow in its call.
+
+The rule for rounding: at most twice the error of torch's convolution in float32, in the norm of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lrpfast.ops import native, products
+from lrpfast.ops.products import Pointwise, Winograd
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poisoned_memory() -> Iterator[None]:
+    """New tensors are full of NaN, so that an element that was missed, or read before it was written, shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def images(*shape: int, seed: int = 0) -> Tensor:
+    return draw(*shape, seed=seed).contiguous(memory_format=torch.channels_last)
+
+
+def assert_as_exact(found: Tensor, direct: Tensor, exact: Tensor, squares: Tensor) -> None:
+    """`found` is at most twice as far from the exact values as torch's own float32 is, in norm.
+
+    On few values torch's error may be near zero by luck, so what rounding each term once comes to is free: `squares` are the sums
+    of the squared terms.
+    """
+    assert found.shape == exact.shape and found.dtype is torch.float32
+    own, torchs = (torch.linalg.vector_norm(t.double() - exact) for t in (found, direct))
+    assert own <= 2 * torchs + 2**-24 * squares.sum().sqrt()
+
+
+def squared(x: Tensor, weight: Tensor, *how: object, **named: object) -> Tensor:
+    return F.conv2d(x.double() ** 2, weight.double() ** 2, None, *how, **named)
+
+
+winograd_sizes = st.tuples(
+    st.integers(0, 3), st.sampled_from([16, 48]), st.sampled_from([32, 160]), st.integers(2, 13), st.integers(2, 13),
+    st.tuples(st.integers(0, 2), st.integers(0, 2)),
+).filter(lambda s: all(n + 2 * p >= 4 for n, p in zip(s[3:5], s[5], strict=True)))  # fmt: skip
+
+
+@given(sizes=winograd_sizes, bias=st.booleans(), relu=st.booleans())
+@settings(max_examples=60)
+def test_winograd(sizes: tuple, bias: bool, relu: bool) -> None:
+    batch, channels, filters, height, width, padding = sizes
+    x, weight = images(batch, channels, height, width), draw(filters, channels, 3, 3, seed=1)
+    assert Winograd.fits(weight.shape, (height, width), [1, 1], padding, [1, 1], 1)
+    shift = draw(filters, seed=2) if bias else None
+    exact = F.conv2d(x.double(), weight.double(), None if shift is None else shift.double(), padding=padding)
+    direct = F.conv2d(x, weight, shift, padding=padding)
+    found = products.convolution(Winograd.of(weight, padding), x, shift, relu)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    squares = squared(x, weight, padding=padding)
+    assert_as_exact(found, direct.relu() if relu else direct, exact.relu() if relu else exact, squares)
+
+
+def test_winograd_takes_what_it_fits_alone() -> None:
+    good = ((64, 32, 3, 3), (7, 7), [1, 1], [1, 1], [1, 1], 1)
+    assert Winograd.fits(*good)
+    for at, wrong in [
+        (0, (48, 32, 3, 3)), (0, (64, 24, 3, 3)), (0, (64, 32, 5, 5)), (0, (64, 32, 3, 1)), (1, (1, 7)), (2, [2, 1]),
+        (3, [1, 3]), (4, [1, 2]), (5, 2),
+    ]:  # fmt: skip
+        assert not Winograd.fits(*(wrong if i == at else value for i, value in enumerate(good)))
+
+
+def test_the_transformed_weight_is_that_of_the_definition() -> None:
+    """G g Gᵀ in rational arithmetic, for integer filters: exact in float32 too."""
+    g_matrix = [[Fraction(n, 2) for n in row] for row in ([2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2])]
+    weight = torch.randint(-8, 9, (64, 16, 3, 3), generator=torch.Generator().manual_seed(0)).float()
+    laid_out = Winograd.of(weight, [1, 1]).weight
+    for filters, channel in ((0, 0), (33, 5), (63, 15)):
+        g = [[Fraction(int(v)) for v in row] for row in weight[filters, channel]]
+        for i in range(4):
+            for j in range(4):
+                sums = (g_matrix[i][a] * g[a][b] * g_matrix[j][b] for a in range(3) for b in range(3))
+                assert laid_out[4 * i + j, filters // 32, channel, filters % 32] == float(sum(sums))
+
+
+def test_winograd_rounds_no_worse_on_the_sums_of_real_layers() -> None:
+    """Positive parts, as denominators have them: 4608 terms of one sign. Every value, not the norm alone."""
+    x, weight = images(2, 512, 14, 14).relu(), draw(128, 512, 3, 3, seed=1).relu()
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    direct = F.conv2d(x, weight, padding=1)
+    found = products.convolution(Winograd.of(weight, [1, 1]), x, None)
+    worst = [((t.double() - exact).abs() / exact).max() for t in (found, direct)]
+    assert worst[0] <= 2 * worst[1]
+
+
+def test_a_window_of_zeros_gives_zero_beside_large_values() -> None:
+    x = images(1, 16, 12, 12) * 1e6
+    x[..., 4:9, 3:8] = 0
+    found = products.convolution(Winograd.of(draw(32, 16, 3, 3, seed=1), [0, 0]), x, None)
+    assert (found[..., 4:7, 3:6] == 0).all()
+    assert (found != 0).sum() == found.numel() - 32 * 9
+
+
+def test_nan_reaches_the_windows_that_hold_it_and_no_others() -> None:
+    x = images(2, 16, 9, 9)
+    x[1, 3, 4, 5] = float("nan")
+    for layer, reach in ((Winograd.of(draw(32, 16, 3, 3, seed=1), [1, 1]), 1), (Pointwise.of(draw(5, 16, 1, 1), [1, 1]), 0)):
+        expected = torch.zeros(2, 9, 9, dtype=torch.bool)
+        expected[1, 4 - reach : 5 + reach, 5 - reach : 6 + reach] = True
+        for relu in (False, True):
+            found = products.convolution(layer, x, None, relu)
+            assert torch.equal(found.isnan().all(1), expected) and torch.equal(found.isnan().any(1), expected)
+
+
+pointwise_sizes = st.tuples(
+    st.integers(0, 3), st.sampled_from([1, 3, 16, 70, 512]), st.sampled_from([1, 8, 24, 32, 72, 100]), st.integers(1, 9),
+    st.integers(1, 9), st.tuples(st.integers(1, 3), st.integers(1, 3)),
+)  # fmt: skip
+
+
+@given(sizes=pointwise_sizes, bias=st.booleans(), relu=st.booleans(), by_sign=st.booleans())
+@settings(max_examples=80)
+def test_pointwise(sizes: tuple, bias: bool, relu: bool, by_sign: bool) -> None:
+    batch, channels, filters, height, width, stride = sizes
+    x, weight = images(batch, channels, height, width), draw(filters, channels, 1, 1, seed=1)
+    other = draw(filters, channels, 1, 1, seed=3)
+    shift = draw(filters, seed=2) if bias else None
+
+    def layer(dtype: torch.dtype) -> Tensor:
+        wide, own_shift = x.to(dtype), None if shift is None else shift.to(dtype)
+        if not by_sign:
+            total = F.conv2d(wide, weight.to(dtype), own_shift, stride)
+        else:
+            total = F.conv2d(wide.clamp(min=0), weight.to(dtype), own_shift, stride)
+            total = total + F.conv2d(wide.clamp(max=0), other.to(dtype), None, stride)
+        return total.relu() if relu else total
+
+    laid_out = Pointwise.of_parts(weight, other, stride) if by_sign else Pointwise.of(weight, stride)
+    squares = squared(x, weight.abs().maximum(other.abs()), stride)
+    assert_as_exact(products.convolution(laid_out, x, shift, relu), layer(torch.float32), layer(torch.float64), squares)
+
+
+def layers_of(kind: str) -> tuple[products.Product, Tensor, dict]:
+    """A layer of our own, the weight that it is of, and the arguments of torch's convolution."""
+    if kind == "winograd":
+        weight = draw(64, 32, 3, 3, seed=1)
+        return Winograd.of(weight, [1, 1]), weight, {"padding": 1}
+    weight = draw(40, 32, 1, 1, seed=1)  # 40: a panel and a half vector
+    return Pointwise.of(weight, [1, 1]), weight, {}
+
+
+KINDS = ["winograd", "pointwise"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_added(kind: str) -> None:
+    layer, weight, how = layers_of(kind)
+    x = images(3, 32, 7, 9)
+    before = images(3, weight.shape[0], 7, 9, seed=4)
+    out = before.clone()
+    assert products.convolution_add_(out, layer, x) is out
+    direct, exact = before + F.conv2d(x, weight, **how), before.double() + F.conv2d(x.double(), weight.double(), **how)
+    assert_as_exact(out, direct, exact, squared(x, weight, **how))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("two", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("place", ["new", "over the message", "contiguous message"])
+def test_a_ratio_in_the_call(kind: str, carried: bool, two: bool, bias: bool, place: str) -> None:
+    """As `ratio` of the stored convolution, to the last digits: the one division is the same."""
+    layer, weight, how = layers_of(kind)
+    shape = (3, weight.shape[0], 7, 9)
+    x, eps = images(3, 32, 7, 9), 0.25
+    shift = draw(weight.shape[0], seed=2) if bias else None
+    carrier = images(*shape, seed=5) if carried else None
+    a, b = images(*shape, seed=6), images(*shape, seed=7) if two else None
+    if place == "contiguous message":
+        a = a.contiguous()
+    z = products.convolution(layer, x, shift)
+    total = a if b is None else a + b
+    stable = z.double() + torch.where(z >= 0, eps, -eps)
+    expected = total.double() / stable if carrier is None else carrier.double() * total.double() / stable
+    out = a if place == "over the message" else None
+    found = products.convolution_ratio(layer, x, shift, carrier, a, b, eps, out)
+    assert (found is a) == (place == "over the message")
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_ratio_without_stabiliser_drops_what_an_exact_zero_divides(kind: str) -> None:
+    layer, weight, _ = layers_of(kind)
+    x = torch.zeros(1, 32, 5, 5).contiguous(memory_format=torch.channels_last)
+    x[..., 0, 0] = 1
+    message = torch.ones(1, weight.shape[0], 5, 5).contiguous(memory_format=torch.channels_last)
+    found = products.convolution_ratio(layer, x, None, None, message, None, 0.0, None)
+    z = products.convolution(layer, x, None)
+    assert (z[..., 3:, 3:] == 0).all() and (z[..., 0, 0] != 0).all()
+    assert torch.equal(found, torch.where(z == 0, 0.0, 1 / z))
+
+
+def test_one_row_of_a_carrier_serves_the_batch() -> None:
+    layer, weight, how = layers_of("pointwise")
+    x, message = images(3, 32, 4, 4), images(3, 40, 4, 4, seed=1)
+    carrier = images(1, 40, 4, 4, seed=2)
+    expected = carrier * message / (F.conv2d(x, weight).abs() + 1) * F.conv2d(x, weight).sign()
+    found = products.convolution_ratio(layer, x, None, carrier, message, None, 1.0, None)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@given(filters=st.sampled_from([1, 16, 17, 24, 32, 70]), channels=st.sampled_from([2, 96]), batch=st.integers(0, 3))
+@settings(max_examples=30)
+def test_either_of_two(filters: int, channels: int, batch: int) -> None:
+    upper, lower = draw(filters, channels, 1, 1, seed=1), draw(filters, channels, 1, 1, seed=2)
+    x, sign = images(batch, channels, 5, 3), images(batch, filters, 5, 3, seed=3)
+    if batch:
+        sign[0, :, 0] = torch.tensor([0.0, -0.0, float("nan")])  # both zeros count as positive, a NaN does not
+    found = products.either_convolution(Pointwise.of_either(upper, lower), x, sign)
+    choice = sign >= 0
+    exact = torch.where(choice, F.conv2d(x.double(), upper.double()), F.conv2d(x.double(), lower.double()))
+    direct = torch.where(choice, F.conv2d(x, upper), F.conv2d(x, lower))
+    assert_as_exact(found, direct, exact, squared(x, upper.abs().maximum(lower.abs())))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_however_the_input_lies_in_memory(kind: str) -> None:
+    layer, weight, how = layers_of(kind)
+    wide = draw(3, 40, 9, 12, seed=3)
+    flat = torch.empty(3 * 32 * 63 + 1)[1:].view(3, 7, 9, 32).permute(0, 3, 1, 2)  # four bytes off every boundary
+    for x in (wide[:, 4:36, 1:8, 2:11], wide[:, 4:36, 1:8, 2:11].contiguous(), flat.copy_(wide[:, :32, :7, :9])):
+        expected = F.conv2d(x, weight, **how)
+        torch.testing.assert_close(products.convolution(layer, x, None), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_instruction_set_and_number_of_threads(kind: str) -> None:
+    layer, weight, how = layers_of(kind)
+    x = images(2, 32, 11, 9)
+    exact = F.conv2d(x.double(), weight.double(), **how)
+    extension = native.extension
+    assert extension is not None
+    threads = torch.get_num_threads()
+    try:
+        for name in ("default", "avx2", "avx512"):
+            assert extension.limit_cpu_capability(name)
+            results = []
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                results.append(products.convolution(layer, x, None))
+            assert all(torch.equal(results[0], r) for r in results[1:])
+            assert_as_exact(results[0], F.conv2d(x, weight, **how), exact, squared(x, weight, **how))
+    finally:
+        torch.set_num_threads(threads)
+        extension.limit_cpu_capability(None)
