@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import lrpfast
 from lrpfast.ops import native
+from lrpfast.runtime import convolutions
 
 
 class Net(nn.Module):
@@ -97,7 +98,8 @@ FUSED = {
 }
 
 
-@pytest.mark.parametrize("composite", ["epsilon_plus_flat", "gamma", "epsilon_alpha2_beta1"])
+# With guided_backprop no operand of the forward pass is kept for the way back, so more may be written over.
+@pytest.mark.parametrize("composite", ["epsilon_plus_flat", "gamma", "epsilon_alpha2_beta1", "guided_backprop"])
 @pytest.mark.parametrize("run", FUSED, ids=lambda f: f.__name__)
 def test_fused_steps_give_the_same(run: Callable[[Net, Tensor], Tensor], composite: str) -> None:
     model = Net(run).eval()
@@ -168,3 +170,97 @@ def test_profile_counts_what_a_step_has_to_do() -> None:
     assert flops[("4", "linear")] == pytest.approx(2 * 2 * 54 * 3)
     read_and_written = {(step.module, step.operation): step.bytes for step in steps}
     assert read_and_written[("4", "linear")] == 4 * (2 * 54 + 54 * 3 + 3 + 2 * 3)
+
+
+class Wide(nn.Module):
+    """Layers wide enough for products of our own: `a`, `b` 3 x 3, `p`, `q`, `r` 1 x 1; `run` says how they are joined."""
+
+    def __init__(self, run: Callable[[Wide, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.a, self.b = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 3)
+        self.p, self.q, self.r = nn.Conv2d(32, 24, 1), nn.Conv2d(24, 32, 1, stride=2), nn.Conv2d(24, 40, 1, bias=False)
+        self.head = nn.Linear(32, 5)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.run(self, self.stem(x).relu()).mean((2, 3)))
+
+
+def three_by_three(m: Wide, h: Tensor) -> Tensor:
+    return m.b(m.a(h).relu()).relu()
+
+
+def residual(m: Wide, h: Tensor) -> Tensor:
+    return m.b((m.a(h) + h).relu()).relu()
+
+
+def signed_input(m: Wide, h: Tensor) -> Tensor:
+    return m.q(nn.functional.relu6(m.p(m.a(h)))).relu()  # `a` and `q` end in no ReLU before a 1 x 1 layer
+
+
+def signed_twice(m: Wide, h: Tensor) -> Tensor:
+    z = m.p(h)  # signed, and the input of two layers and a sum
+    return m.q(z) + m.q(z.relu()) + m.r(z).relu()[:, :32, ::2, ::2]
+
+
+OWN = {
+    three_by_three: [
+        "relu (by Winograd, with its ReLU)",
+        "ratio (in a convolution by Winograd)",
+        "conv_dgrad (by Winograd)",
+    ],
+    residual: ["convolution (by Winograd)", "ratio (in a convolution by Winograd)"],
+    signed_input: ["ratio (in a convolution as a product)", "where (of two transposes, as a product)"],
+    signed_twice: ["where (of two transposes, as a product)"],
+}
+
+
+@pytest.mark.parametrize(
+    ("composite", "tuned"),
+    [("epsilon_plus", False), ("epsilon_plus", True), ("epsilon_gamma_box", False), ("epsilon_alpha2_beta1", False)],
+)
+@pytest.mark.parametrize("run", OWN, ids=lambda f: f.__name__)
+def test_products_of_our_own_give_the_same(
+    run: Callable[[Wide, Tensor], Tensor], composite: str, tuned: bool, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most twice as far from float64 as the reference operators are in float32."""
+    monkeypatch.setenv("LRPFAST_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(convolutions, "_WORTH_TUNING", 1000)
+    how = lrpfast.composites.epsilon_gamma_box(low=-4, high=4) if composite == "epsilon_gamma_box" else composite
+    model = Wide(run).eval()
+    x = torch.randn(3, 3, 11, 13, generator=torch.Generator().manual_seed(1))
+    explainer = lrpfast.Explainer(model, x, composite=how, record=("*",), autotune=tuned)
+    exact = lrpfast.explain(copy.deepcopy(model).double(), x.double(), target=2, composite=how, record=("*",))
+    reference = lrpfast.Explainer(model, x, composite=how, record=("*",), backend="torch", autotune=False)(x, target=2)
+
+    def assert_as_good(found: Tensor, torchs: Tensor, exact: Tensor) -> None:
+        own, own_of_torch = (torch.linalg.vector_norm(t.double() - exact) for t in (found, torchs))
+        assert own <= 2 * own_of_torch + 2**-22 * torch.linalg.vector_norm(exact)
+
+    for _ in range(2):  # nothing that a run writes may be what the next reads
+        found = explainer(x, target=2)
+        assert_as_good(found.relevance, reference.relevance, exact.relevance)
+        for name in exact.layers:
+            assert_as_good(found.layers[name], reference.layers[name], exact.layers[name])
+    several = explainer(x, target=torch.tensor([[1, 2]] * 3)).relevance[:, 1]
+    assert_as_good(several, reference.relevance, exact.relevance)
+
+
+@pytest.mark.parametrize("run", OWN, ids=lambda f: f.__name__)
+def test_which_products_are_our_own(run: Callable[[Wide, Tensor], Tensor]) -> None:
+    x = torch.randn(3, 3, 11, 13)
+    explainer = lrpfast.Explainer(Wide(run).eval(), x, composite="epsilon_plus", autotune=False)
+    operations = [step.operation for step in explainer.profile(x, repeats=1)]
+    for name in OWN[run]:
+        assert name in operations, operations
+    reference = lrpfast.Explainer(Wide(run).eval(), x, composite="epsilon_plus", autotune=False, backend="torch")
+    assert not any("Winograd" in s.operation or "product" in s.operation for s in reference.profile(x, repeats=1))
+
+
+def test_a_step_counts_the_multiplications_of_the_layer_within() -> None:
+    x = torch.randn(2, 3, 10, 10)
+    explainer = lrpfast.Explainer(Wide(three_by_three).eval(), x, composite="epsilon_plus", autotune=False)
+    inner = 2 * 2 * 32 * 32 * (3 * 10 - 2) ** 2  # of `a`: each row and column meets its padding once at either end
+    assert sum(s.flops == inner for s in explainer.profile(x, repeats=1)) == 3

@@ -39,12 +39,12 @@ def images(*shape: int, seed: int = 0) -> Tensor:
 def assert_as_exact(found: Tensor, direct: Tensor, exact: Tensor, squares: Tensor) -> None:
     """`found` is at most twice as far from the exact values as torch's own float32 is, in norm.
 
-    On few values torch's error may be near zero by luck, so what rounding each term once comes to is free: `squares` are the sums
-    of the squared terms.
+    On few values torch's error may be near zero by luck, so what rounding each term to 22 bits comes to is free: `squares` are the
+    sums of the squared terms.
     """
     assert found.shape == exact.shape and found.dtype is torch.float32
     own, torchs = (torch.linalg.vector_norm(t.double() - exact) for t in (found, direct))
-    assert own <= 2 * torchs + 2**-24 * squares.sum().sqrt()
+    assert own <= 2 * torchs + 2**-22 * squares.sum().sqrt()
 
 
 def squared(x: Tensor, weight: Tensor, *how: object, **named: object) -> Tensor:
@@ -116,7 +116,10 @@ def test_a_window_of_zeros_gives_zero_beside_large_values() -> None:
 def test_nan_reaches_the_windows_that_hold_it_and_no_others() -> None:
     x = images(2, 16, 9, 9)
     x[1, 3, 4, 5] = float("nan")
-    for layer, reach in ((Winograd.of(draw(32, 16, 3, 3, seed=1), [1, 1]), 1), (Pointwise.of(draw(5, 16, 1, 1), [1, 1]), 0)):
+    for layer, reach in (
+        (Winograd.of(draw(32, 16, 3, 3, seed=1), [1, 1]), 1),
+        (Pointwise.of(draw(5, 16, 1, 1), [1, 1]), 0),
+    ):
         expected = torch.zeros(2, 9, 9, dtype=torch.bool)
         expected[1, 4 - reach : 5 + reach, 5 - reach : 6 + reach] = True
         for relu in (False, True):

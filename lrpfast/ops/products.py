@@ -148,7 +148,9 @@ class Pointwise:
         assert native.extension is not None
         panels, depth, _ = self.weight.shape
         threads = torch.get_num_threads()
-        rows = 14 if depth <= 64 else 28  # worked on at a time: their products stay in the first-level cache, or near it
+        rows = (
+            14 if depth <= 64 else 28
+        )  # worked on at a time: their products stay in the first-level cache, or near it
         workspace = torch.empty(threads * rows * (depth + _SKEW + panels * _PANEL))
         native.extension.pointwise(
             x.data_ptr(), self.weight.data_ptr(), 0 if self.lower is None else self.lower.data_ptr(), out.data_ptr(),
@@ -192,8 +194,9 @@ def convolution_ratio(
     result = out if out is not None and over else layer.empty(x)
     shape = result.shape
     bias = None if bias is None else bias.contiguous()
-    operands = [None if t is None else _laid_out(t.expand(shape)) for t in (carrier, message_a, message_b)]
-    return layer.run(_laid_out(x), result, (_pointer(bias), False, False, 0, *map(_pointer, operands), eps))
+    by, a, b = (None if t is None else _laid_out(t.expand(shape)) for t in (carrier, message_a, message_b))
+    then = (_pointer(bias), False, False, 0, _pointer(by), _pointer(a), _pointer(b), eps)
+    return layer.run(_laid_out(x), result, then)
 
 
 def either_convolution(layer: Pointwise, x: Tensor, sign: Tensor) -> Tensor:

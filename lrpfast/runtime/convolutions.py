@@ -201,11 +201,9 @@ class Convolutions:
         x, weight = node.args[:2]
         if not self._compiled or not products.is_fast() or not products.takes(value(x)):
             return None
-        shape = value(weight).shape
-        if is_forward:
-            stride, padding, dilation, groups = *node.args[3:6], node.args[8]
-        else:
-            _, _, _, stride, padding, dilation, groups = node.args
+        shape = tuple(value(weight).shape)
+        stride, padding, dilation, groups = (node.args[i] for i in ((3, 4, 5, 8) if is_forward else (3, 4, 5, 6)))
+        if not is_forward:
             padding = [d * (k - 1) - p for d, k, p in zip(dilation, shape[2:], padding, strict=True)]
             shape = (shape[1], shape[0], *shape[2:])
 

@@ -84,8 +84,12 @@ def find_groups(nodes: list[fx.Node], uses: Uses) -> list[Group | Either]:
 def _ratio(node: fx.Node, uses: Uses) -> Group | None:
     if operation_name(node) not in ("ratio", "ratio_sum"):
         return None
-    denominator = node.args[-2]
-    if uses.only_user(denominator) is not node or not same_sizes(value(denominator).shape, value(node).shape):
+    *operands, denominator, _ = node.args
+    if (
+        denominator in operands
+        or uses.only_user(denominator) is not node
+        or not same_sizes(value(denominator).shape, value(node).shape)
+    ):
         return None
     if denominator.target is aten.convolution.default:
         replaced = {denominator}
