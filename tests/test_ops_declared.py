@@ -42,6 +42,32 @@ def test_opcheck(dtype):
         torch.library.opcheck(getattr(OPERATORS, name).default, arguments)
 
 
+def transposes() -> list[tuple[str, tuple]]:
+    """Calls of the transposes; operand and weight each in either layout, a batch of one, images of one pixel."""
+    calls: list[tuple[str, tuple]] = []
+    formats = (torch.contiguous_format, torch.channels_last)
+    for batch, size in ((3, 6), (1, 6), (1, 1)):
+        for of_s in formats:
+            s = torch.randn(batch, 4, size, size).contiguous(memory_format=of_s)
+            for of_weight in formats:
+                weight = torch.randn(4, 5, 3, 3).contiguous(memory_format=of_weight)
+                calls.append(("conv_dgrad", (s, weight, [size, size], [1, 1], [1, 1], [1, 1], 1)))
+                calls.append(("conv_dgrad", (s, weight, [2 * size, 2 * size], [2, 2], [1, 1], [1, 1], 1)))
+            window = ([2, 2], [2, 2], [0, 0])
+            x = torch.randn(batch, 4, 2 * size, 2 * size).contiguous(memory_format=of_s)
+            indices = torch.nn.functional.max_pool2d(x, 2, return_indices=True)[1]
+            calls.append(("max_pool_dgrad", (s, indices, [2 * size, 2 * size], *window, [1, 1], False)))
+            spread = torch.kron(torch.eye(size), torch.tensor([[0.5, 0.5]]))
+            calls.append(("avg_pool_dgrad", (s, [2 * size, 2 * size], *window, False, True, None, spread, spread)))
+    return calls
+
+
+def test_opcheck_of_the_transposes():
+    """Inductor relies on the layout that the fake tells: a result laid out otherwise stops it."""
+    for name, arguments in transposes():
+        torch.library.opcheck(getattr(OPERATORS, name).default, arguments)
+
+
 def test_every_operator_is_declared_once_and_has_every_form():
     for name in schema.OPERATORS:
         operator = getattr(OPERATORS, name).default

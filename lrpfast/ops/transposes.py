@@ -116,16 +116,31 @@ def portable_avg_pool_dgrad(
     return torch.matmul(torch.matmul(rows.t(), t), columns)
 
 
+def _layout(like: Tensor) -> torch.memory_format:
+    """The layout of a result, by its operand's strides alone, so that a fake tensor tells the same as a real one."""
+    images = like.dim() == 4 and like.shape[1] > 1 and like.stride(1) == 1
+    return torch.channels_last if images else torch.contiguous_format
+
+
 def _dgrad_shape(s, weight, size, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
-    return s.new_empty((s.shape[0], weight.shape[1] * groups, *size))
+    return s.new_empty((s.shape[0], weight.shape[1] * groups, *size)).contiguous(memory_format=_layout(s))
 
 
 def _plane_shape(q, indices, size, *rest):  # type: ignore[no-untyped-def]
-    return q.new_empty((*q.shape[:2], *size))
+    return q.new_empty((*q.shape[:2], *size)).contiguous(memory_format=_layout(q))
 
 
 def _pool_shape(t, size, *rest):  # type: ignore[no-untyped-def]
-    return t.new_empty((*t.shape[:2], *size))
+    return t.new_empty((*t.shape[:2], *size)).contiguous(memory_format=_layout(t))
+
+
+def _laid_out(fast: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What the dispatcher calls: torch's own backward operators lay out their results by their weights too."""
+
+    def run(operand: Tensor, *rest: object) -> Tensor:
+        return fast(operand, *rest).contiguous(memory_format=_layout(operand))
+
+    return run
 
 
 TRANSPOSES: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]] = {
@@ -148,4 +163,4 @@ TRANSPOSES: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor], C
 for _name, (_signature, _fast, _portable, _shape) in TRANSPOSES.items():
     _LIBRARY.define(_name + _signature, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"lrpfast::{_name}", _shape, lib=_LIBRARY)
-    _LIBRARY.impl(_name, _fast, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _laid_out(_fast), "CompositeExplicitAutograd")
