@@ -65,10 +65,11 @@ class Constants(MutableMapping[str, torch.Tensor]):
         given = self[name]
         return lambda: given
 
-    def let_go(self) -> None:
-        """Drop the derived tensors."""
-        for name in self._makers:
-            self._tensors[name] = None
+    def let_go(self, *names: str) -> None:
+        """Drop the derived tensors of these names, of all without any."""
+        for name in names or self._makers:
+            if name in self._makers:
+                self._tensors[name] = None
 
 
 @dataclasses.dataclass

@@ -70,8 +70,10 @@ class Winograd:
     def of(cls, weight: Tensor, padding: Sequence[int]) -> Winograd:
         """Lay out filters ``[K, C, 3, 3]``. They are transformed in float64."""
         filters, channels = weight.shape[:2]
-        both = _transform(_transform(weight.double(), 2), 3)
-        laid_out = both.permute(2, 3, 0, 1).reshape(16, filters // _PANEL, _PANEL, channels).mT.float().contiguous()
+        laid_out = torch.empty((16, filters // _PANEL, channels, _PANEL))
+        for panel, own in enumerate(weight.split(_PANEL)):  # piece by piece: in float64 a layer is large
+            both = _transform(_transform(own.double(), 2), 3)
+            laid_out[:, panel] = both.permute(2, 3, 1, 0).reshape(16, channels, _PANEL)
         return cls(laid_out, tuple(padding))
 
     def empty(self, x: Tensor) -> Tensor:

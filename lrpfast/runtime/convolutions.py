@@ -80,6 +80,7 @@ class Convolutions:
         if key not in self._prepared:
             with torch.no_grad():
                 self._prepared[key] = make(self._constants[node.target])
+            self._constants.let_go(node.target)  # all of them at once would be a second copy of the model
         return self._prepared[key]
 
     def _weight(self, node: fx.Node) -> Any:
