@@ -242,6 +242,83 @@ void test_pools(std::int64_t channels, std::int64_t kernel, std::int64_t stride,
   check(padding != 0 || (height - kernel) % stride != 0 || std::fabs(sent - received) < 1e-3, "average's way back", 0);
 }
 
+// One value of a convolution of channels-last images, in double.
+double convolved(const std::vector<float>& x, const std::vector<float>& weight, const std::int64_t size[2], std::int64_t channels,
+                 std::int64_t kernel, std::int64_t image, std::int64_t y, std::int64_t z, std::int64_t filter) {
+  double sum = 0;
+  for (std::int64_t tap = 0; tap < kernel * kernel; ++tap) {
+    const std::int64_t row = y + tap / kernel, column = z + tap % kernel;
+    for (std::int64_t c = 0; c < channels && row >= 0 && row < size[0] && column >= 0 && column < size[1]; ++c) {
+      sum += double(x[((image * size[0] + row) * size[1] + column) * channels + c]) *
+             weight[(filter * channels + c) * kernel * kernel + tap];
+    }
+  }
+  return sum;
+}
+
+// G g G' of a filter that lies row by row.
+double transformed(const float* g, int point) {
+  const double matrix[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+  double sum = 0;
+  for (int tap = 0; tap < 9; ++tap) {
+    sum += matrix[point / 4][tap / 3] * g[tap] * matrix[point % 4][tap % 3];
+  }
+  return sum;
+}
+
+void test_winograd(std::int64_t height, std::int64_t width, std::int64_t padding, int threads) {
+  const std::int64_t images = 2, channels = 16, filters = 64, block = 5, chunk = 32;
+  const std::int64_t size[2] = {height, width}, out[2] = {height + 2 * padding - 2, width + 2 * padding - 2};
+  const auto x = draw(images * height * width * channels), weight = draw(filters * channels * 9);
+  std::vector<float> laid_out(static_cast<std::size_t>(16 * filters * channels));
+  for (std::int64_t i = 0; i < filters * channels; ++i) {
+    const std::int64_t filter = i / channels, channel = i % channels;
+    for (int point = 0; point < 16; ++point) {
+      laid_out[((point * filters / 32 + filter / 32) * channels + channel) * 32 + filter % 32] =
+          static_cast<float>(transformed(&weight[i * 9], point));
+    }
+  }
+  auto result = poison(images * out[0] * out[1] * filters), workspace = poison(threads * 16 * block * (channels + chunk + 32));
+  const auto message = draw(static_cast<std::int64_t>(result.size()));
+  const Epilogue epilogue = {nullptr, false, false, nullptr, nullptr, message.data(), nullptr, 0.5f};
+  const WinogradArguments arguments = {x.data(), laid_out.data(), result.data(), workspace.data(), images,
+                                       {size[0], size[1]}, {out[0], out[1]}, {padding, padding}, channels, filters,
+                                       block, chunk, threads, epilogue};
+  run<WinogradArguments, &Kernels::winograd>(arguments, threads, 1, threads);
+  for (std::size_t i = 0; i < result.size(); ++i) {
+    const std::int64_t filter = i % filters, z = i / filters % out[1], y = i / filters / out[1] % out[0];
+    const double sum = convolved(x, weight, size, channels, 3, i / filters / out[1] / out[0], y - padding, z - padding, filter);
+    const double stable = result[i] == 0 ? 1 : message[i] / result[i];  // the denominator
+    check(std::fabs(stable - (sum + (sum >= 0 ? 0.5 : -0.5))) < 1e-3 || std::fabs(sum) < 1e-4, "winograd", i);
+  }
+}
+
+void test_pointwise(std::int64_t channels, std::int64_t filters, std::int64_t stride, bool by_sign, int threads) {
+  const std::int64_t images = 2, block = 6, panels = (filters + 31) / 32, depth = by_sign ? 2 * channels : channels;
+  const std::int64_t size[2] = {5, 7}, out[2] = {(4 + stride) / stride, (6 + stride) / stride};
+  const auto x = draw(images * size[0] * size[1] * channels), weight = draw(filters * depth), bias = draw(filters);
+  std::vector<float> laid_out(static_cast<std::size_t>(panels * 32 * depth), 0.0f);
+  for (std::int64_t i = 0; i < filters * depth; ++i) {
+    laid_out[(i / depth / 32 * depth + i % depth) * 32 + i / depth % 32] = weight[i];
+  }
+  auto result = poison(images * out[0] * out[1] * filters), workspace = poison(threads * block * (depth + 16 + panels * 32));
+  const Epilogue epilogue = {bias.data(), false, true, nullptr, nullptr, nullptr, nullptr, 0.0f};
+  const PointwiseArguments arguments = {x.data(), laid_out.data(), nullptr, result.data(), workspace.data(), images,
+                                        {size[0], size[1]}, {out[0], out[1]}, {stride, stride}, channels, filters,
+                                        block, threads, by_sign, epilogue};
+  run<PointwiseArguments, &Kernels::pointwise>(arguments, threads, 1, threads);
+  for (std::size_t i = 0; i < result.size(); ++i) {
+    const std::int64_t filter = i % filters, z = i / filters % out[1], y = i / filters / out[1] % out[0];
+    const float* row = &x[((i / filters / out[1] / out[0] * size[0] + y * stride) * size[1] + z * stride) * channels];
+    double sum = bias[filter];
+    for (std::int64_t c = 0; c < channels; ++c) {
+      const std::int64_t k = by_sign && row[c] < 0 ? channels + c : c;
+      sum += double(row[c]) * weight[filter * depth + k];
+    }
+    check(std::fabs(result[i] - std::fmax(sum, 0)) < 1e-3, "pointwise", i);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -255,6 +332,15 @@ int main() {
         test_pair(size, threads);
         test_select(size, threads);
         test_add_relu(size, threads);
+      }
+      for (std::int64_t padding : {0, 1, 2}) {
+        test_winograd(5, 8, padding, threads);
+        test_winograd(4, 4, padding, threads);
+      }
+      for (bool by_sign : {false, true}) {
+        test_pointwise(3, 5, 1, by_sign, threads);
+        test_pointwise(17, 40, 2, by_sign, threads);
+        test_pointwise(300, 72, 1, by_sign, threads);
       }
       test_ratio_rows(3, 5, threads);
       test_ratio_rows(5, 515, threads);
