@@ -18,6 +18,7 @@ from lrpfast.errors import MissingDependencyError
 if TYPE_CHECKING:
     from lrpfast.screening.analysis import analyse
     from lrpfast.screening.explain import explain_dataset
+    from lrpfast.screening.recipes import recipe
     from lrpfast.screening.report import write_report
     from lrpfast.screening.sources import open_source, reopen
     from lrpfast.screening.verification import verify
@@ -28,6 +29,7 @@ _LAZY = {
     "explain_dataset": "explain",
     "export_virelay": "virelay",
     "open_source": "sources",
+    "recipe": "recipes",
     "reopen": "sources",
     "verify": "verification",
     "write_report": "report",
@@ -42,7 +44,7 @@ _EXTRAS = {
     "ray": "ray",
 }
 
-__all__ = ["analyse", "explain_dataset", "export_virelay", "open_source", "reopen", "verify", "write_report"]
+__all__ = ["analyse", "explain_dataset", "export_virelay", "open_source", "recipe", "reopen", "verify", "write_report"]
 
 
 def missing(error: ModuleNotFoundError) -> Exception:

@@ -261,7 +261,7 @@ def _headers(file: IO[bytes], archive: str, length: int, damage: list[_Member]) 
             while (info := tar.next()) is not None:
                 gap(info.offset)
                 expected = info.offset_data + -(-info.size // _BLOCK) * _BLOCK if info.isfile() else info.offset_data
-                tar.members = []  # it keeps all headers otherwise
+                vars(tar)["members"].clear()  # it keeps all headers otherwise
                 yield info
     except (tarfile.TarError, EOFError) as error:
         # Where the last member is cut, that member is the one that cannot be read.

@@ -246,12 +246,12 @@ def open_source(
     """
     text, kind = _kind(os.fspath(spec))
     model = model or Model()
-    if kind is DatasetSource:
+    if kind is None:
         return _dataset_source(text, preprocessing, model, [])
     found = None if folder is None else _kept(folder, text)
     if found is None:
         found = _listed(text, kind, model)
-    return kind(text, _root(text, kind), found, preprocessing)  # type: ignore[arg-type]
+    return kind(text, _root(text, kind), found, preprocessing)
 
 
 def reopen(folder: str | os.PathLike[str]) -> Source:
@@ -294,8 +294,8 @@ def _kept(folder: str | os.PathLike[str], spec: str) -> Listing | None:
     return found
 
 
-def _kind(spec: str) -> tuple[str, type[Source]]:
-    """The spec, its paths absolute, and what it is."""
+def _kind(spec: str) -> tuple[str, type[FileSource] | None]:
+    """The spec, its paths absolute, and the kind of files it means; None for a Dataset."""
     absolute = os.path.abspath(spec)
     if os.path.isdir(spec):
         with os.scandir(spec) as entries:
@@ -304,20 +304,20 @@ def _kind(spec: str) -> tuple[str, type[Source]]:
         return absolute, ArchiveSource if archives else FileSource
     if spec.lower().endswith((".csv", ".tsv")):
         return absolute, FileSource
-    if ".tar" in os.path.basename(spec) or any(c in spec for c in "*{"):
+    if spec.endswith(".tar") or any(c in spec for c in "*?[{"):
         return absolute, ArchiveSource
-    if _FACTORY.fullmatch(spec):
-        return spec, DatasetSource
+    if _FACTORY.fullmatch(spec) and not os.path.exists(spec):
+        return spec, None
     if not os.path.exists(spec):
         raise InputError(f"there are no data {spec}; they are {SPECS}")
     raise InputError(f"{spec} is none of {SPECS}")
 
 
-def _root(spec: str, kind: type[Source]) -> str:
+def _root(spec: str, kind: type[FileSource]) -> str:
     return os.path.dirname(spec) if kind is ArchiveSource or not os.path.isdir(spec) else spec
 
 
-def _listed(spec: str, kind: type[Source], model: Model) -> Listing:
+def _listed(spec: str, kind: type[FileSource], model: Model) -> Listing:
     if kind is ArchiveSource:
         return lists.list_archives(spec, model)
     return lists.list_folder(Path(spec), model) if os.path.isdir(spec) else lists.list_csv(Path(spec), model)
