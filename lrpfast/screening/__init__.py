@@ -57,6 +57,15 @@ def missing(error: ModuleNotFoundError) -> Exception:
     )
 
 
+def require() -> None:
+    """Find out that what a screening needs is installed. Raises `MissingDependencyError`."""
+    for package in ("pyarrow", "scipy", "sklearn", "jinja2", "h5py"):
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            raise missing(error) from error
+
+
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'lrpfast.screening' has no attribute {name!r}")

@@ -59,10 +59,16 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """Rows that were explained, and the seconds that the explaining waited for them to be decoded; None: not known."""
+    """Rows that were explained, and the seconds that the explaining waited for them to be decoded; None: not known.
+
+    The first ones have no rows: the engine is ready.
+    """
 
     rows: Columns
     waited: float | None
+
+
+_READY = Done({}, None)
 
 
 def run(engine: str, work: Work) -> Generator[Done, None, None]:
@@ -110,6 +116,7 @@ def local(work: Work) -> Generator[Done, None, None]:
         pin_memory=on_gpu,
     )
     try:
+        yield _READY
         began = time.perf_counter()
         for batch in loader:
             waited = time.perf_counter() - began
@@ -171,30 +178,35 @@ def _stream(ray: Any, work: Work) -> Iterator[Done]:
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     positions = np.concatenate([np.arange(shard.start, shard.stop) for shard in work.shards])
-    replicas, resources = _replicas(ray.cluster_resources(), work.workers)
+    replicas, slot, share = _slots(ray.cluster_resources(), work.workers)
     read = functools.partial(_decoded, ray.put(work.source), ray.put(positions), work.shape)
     rows = (
         ray.data.range(len(positions), override_num_blocks=-(-len(positions) // _BLOCK))
-        .map_batches(read, batch_size=work.batch_size)
+        .map_batches(read, batch_size=work.batch_size, num_cpus=share)
         .map_batches(
             _Replica,
             fn_constructor_args=(work.build, work.pooling),
             batch_size=work.batch_size,
             compute=ray.data.ActorPoolStrategy(size=replicas),
-            **resources,
+            **slot,
         )
     )
+    yield _READY
     for batch in rows.iter_batches(batch_size=None, batch_format="numpy"):
         yield Done({name: [*v] if name in ("path", "reason") else np.asarray(v) for name, v in batch.items()}, None)
 
 
-def _replicas(there: dict[str, float], asked: int | None) -> tuple[int, dict[str, float]]:
-    """How many replicas, and what each takes; a part of the CPUs stays for decoding, or nothing would ever reach a replica."""
+def _slots(there: dict[str, float], asked: int | None) -> tuple[int, dict[str, float], float]:
+    """How many replicas, what each takes, and how many CPUs a task that decodes takes.
+
+    Some CPUs stay for decoding, or nothing would ever reach a replica. The shares differ, lest Ray run both steps as one, one after the
+    other. Beside replicas on CPUs decoding is little work.
+    """
     gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 1))
     if gpus:
-        return asked or gpus, {"num_gpus": 1.0, "num_cpus": 1.0 if cpus > gpus else 0.0}
+        return asked or gpus, {"num_gpus": 1.0, "num_cpus": 0.5}, 1.0
     replicas = asked or max(1, cpus - max(1, cpus // 8))
-    return replicas, {"num_cpus": 1.0 if replicas < cpus else 0.5 * cpus / replicas}
+    return replicas, {"num_cpus": min(1.0, (cpus - 0.5) / replicas)}, 0.25
 
 
 @functools.lru_cache(maxsize=4)

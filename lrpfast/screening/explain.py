@@ -158,6 +158,9 @@ def _explain(
             collector = shards.Collector(plan)
             work = Work(source, shape, recipe.build, pooling, pending, batch_size, workers)
             with contextlib.closing(engines.run(engine, work)) as parts:
+                next(parts)
+                bar.begin()
+                began = time.perf_counter()
                 for part in parts:
                     bar.advance(len(part.rows["sample"]), part.waited)
                     for shard, rows in collector.add(part.rows):

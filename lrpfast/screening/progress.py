@@ -44,18 +44,21 @@ class Explained:
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        self._began = self._told = time.perf_counter()
+        self._began = self._told = time.perf_counter()  # again when explaining begins
 
     def __enter__(self) -> Explained:
         self._bar.start()
-        self._task = self._bar.add_task("", total=self._total, completed=self._before, said="")
-        self._began = self._told = time.perf_counter()
+        self._task = self._bar.add_task("", total=self._total, completed=self._before, said="compiling")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+    def begin(self) -> None:
+        """Start the clock: compiling is over."""
+        self._began = self._told = time.perf_counter()
 
     def advance(self, images: int, waited: float | None) -> None:
         """Count images, for which the explaining waited so many seconds; None: not known."""
