@@ -129,7 +129,7 @@ def list_archives(pattern: str, model: Model) -> Listing:
     Raises
     ------
     InputError
-        There is no archive, or none with images, or a sample has no label.
+        There is no archive, or none with images, or none with labels.
     """
     archives = find_archives(pattern)
     paths: list[bytes] = []
@@ -140,12 +140,10 @@ def list_archives(pattern: str, model: Model) -> Listing:
             paths.append(os.fsencode(sample.path))
             labels.append(sample.label)
             places.append((os.fsencode(archive), sample.offset, sample.size))
-    unlabelled = next((path for path, label, place in zip(paths, labels, places, strict=True)
-                       if not label and place[2] != DAMAGED), None)  # fmt: skip
-    if unlabelled is not None:
-        raise InputError(f"{os.fsdecode(unlabelled)} has no label: no member .cls, and none in .json")
     if all(size == DAMAGED for _, _, size in places):
         raise InputError(f"no images in the archives of {pattern}")
+    if not any(labels):
+        raise InputError(f"no sample in the archives of {pattern} has a label: no member .cls, and none in .json")
     listing = _labelled(pattern, paths, labels, model)
     table = listing.table
     for name, kind, column in zip(
