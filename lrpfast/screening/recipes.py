@@ -73,7 +73,8 @@ def recipe(
     LrpfastError
         As `lrpfast.composites.get`.
     """
-    chosen = composites.get(composite)
+    ranged = isinstance(composite, str) and composites.needs_range(composite)
+    chosen = composites.get(composite, **({"low": preprocessing.low, "high": preprocessing.high} if ranged else {}))
     device, dtype = _place(model)
     outputs = count_outputs(model, black(preprocessing, dtype, device))
     build = functools.partial(_build, model, preprocessing, chosen, precision, backend)
