@@ -27,7 +27,7 @@ from lrpfast.screening.sources import Source
 
 ENGINES = ("local", "ray")
 _AHEAD = 4  # batches that each process decodes in advance
-_BLOCK = 64  # samples that a task of Ray decodes
+_BLOCK = 2  # batches that a task of Ray decodes, and a replica takes at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _stream(ray: Any, work: Work) -> Iterator[Done]:
     replicas, slot, share = _slots(ray.cluster_resources(), work.workers)
     read = functools.partial(_decoded, ray.put(work.source), ray.put(positions), work.shape)
     rows = (
-        ray.data.range(len(positions), override_num_blocks=-(-len(positions) // _BLOCK))
+        ray.data.range(len(positions), override_num_blocks=-(-len(positions) // (_BLOCK * work.batch_size)))
         .map_batches(read, batch_size=work.batch_size, num_cpus=share)
         .map_batches(
             _Replica,
