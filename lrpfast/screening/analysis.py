@@ -24,11 +24,12 @@ from lrpfast.errors import InputError, NumericsError
 from lrpfast.files import make_folder, remove_temporaries, replacing
 from lrpfast.screening import manifest as manifests
 from lrpfast.screening.graph import nearest_neighbours, neighbour_count, neighbour_graph, normalise_maps
-from lrpfast.screening.rank import ClusterFacts, describe_clusters
+from lrpfast.screening.rank import Group, suspicious_groups
 from lrpfast.screening.spectral import EIGENPAIRS, cluster, cluster_count, laplacian_spectrum
 from lrpfast.screening.store import FOLDER, Store
 
 _LARGE = 8192  # samples: such a class is done alone
+_GROUP = tuple(field.name for field in dataclasses.fields(Group))
 _FORMAT = 1  # of the files of classes; changed with what the analysis computes, so that old ones are made again
 
 
@@ -44,14 +45,14 @@ class ClassAnalysis:
         float64 [m], the smallest of the graph's normalised Laplacian.
     embedding
         float32 [n, m], its eigenvectors.
-    facts
-        The clusters, by number.
+    groups
+        The most suspicious groups of maps, the first one first; they are no partition.
     """
 
     clusters: np.ndarray
     eigenvalues: np.ndarray
     embedding: np.ndarray
-    facts: tuple[ClusterFacts, ...]
+    groups: tuple[Group, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +86,24 @@ def analyse_maps(maps: np.ndarray, options: Options = Options()) -> ClassAnalysi
         NaN or infinity in a map.
     """
     points = normalise_maps(maps)
+    return analyse_points(points, points, (maps.shape[1], maps.shape[2]), options)
+
+
+def analyse_points(
+    points: np.ndarray,
+    maps: np.ndarray,
+    size: tuple[int, int],
+    options: Options = Options(),  # noqa: B008
+) -> ClassAnalysis:
+    """Cluster any points [n, d], say where by normalised maps [n, H*W] with `size` = (H, W); else as `analyse_maps`."""
     count = neighbour_count(len(points)) if options.neighbours is None else min(options.neighbours, len(points) - 1)
     graph = neighbour_graph(nearest_neighbours(points, count)[0])
     spectrum = laplacian_spectrum(graph, options.eigenpairs)
-    clusters = cluster(spectrum, cluster_count(spectrum.eigenvalues), options.seed)
-    facts = describe_clusters(points, clusters, graph, (maps.shape[1], maps.shape[2]))
-    return ClassAnalysis(clusters, spectrum.eigenvalues, spectrum.eigenvectors.astype(np.float32), tuple(facts))
+    chosen = cluster_count(spectrum.eigenvalues)
+    clusters = cluster(spectrum, chosen, options.seed)
+    levels = (cluster(spectrum, k, options.seed, starts=3) for k in range(2, len(spectrum.eigenvalues) + 1))
+    groups = suspicious_groups(maps, levels, size)
+    return ClassAnalysis(clusters, spectrum.eigenvalues, spectrum.eigenvectors.astype(np.float32), tuple(groups))
 
 
 def analyse(
@@ -131,7 +144,7 @@ def analyse(
         remove_temporaries(Path(folder, FOLDER))
         mark = _mark(store, options)
         labels = store.labels()
-        todo = [label for label in labels if not _is_done(folder, label, mark)]
+        todo = [label for label in labels if read_mark(folder, label) != mark]
         done = len(labels) - len(todo)
         if progress is not None:
             progress(done, len(labels))
@@ -152,15 +165,23 @@ def read_analysis(folder: str | os.PathLike[str], label: int) -> ClassAnalysis:
     path = class_path(folder, label)
     try:
         with np.load(path) as file:
-            facts = tuple(
-                ClusterFacts(**row, region=region, mean=mean)
-                for row, region, mean in zip(
-                    json.loads(str(file["facts"])), file["regions"], file["means"], strict=True
-                )
+            groups = tuple(
+                Group(**{name: _scalar_or_array(values[index]) for name, values in columns.items()})
+                for columns in [{name: file[f"group_{name}"] for name in _GROUP}]
+                for index in range(len(columns["members"]))
             )
-            return ClassAnalysis(file["clusters"], file["eigenvalues"], file["embedding"], facts)
+            return ClassAnalysis(file["clusters"], file["eigenvalues"], file["embedding"], groups)
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise InputError(f"class {label} of {folder} has no analysis that can be read ({error}); analyse it") from error
+
+
+def read_mark(folder: str | os.PathLike[str], label: int) -> str:
+    """What the analysis of a class depended on; empty where there is none that can be read."""
+    try:
+        with np.load(class_path(folder, label)) as file:
+            return str(file["mark"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return ""
 
 
 def class_path(folder: str | os.PathLike[str], label: int) -> Path:
@@ -171,14 +192,6 @@ def class_path(folder: str | os.PathLike[str], label: int) -> Path:
 def _mark(store: Store, options: Options) -> str:
     """What an analysis depends on."""
     return json.dumps([_FORMAT, store.manifest.fingerprint, dataclasses.asdict(options)])
-
-
-def _is_done(folder: str | os.PathLike[str], label: int, mark: str) -> bool:
-    try:
-        with np.load(class_path(folder, label)) as file:
-            return str(file["mark"]) == mark
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        return False
 
 
 def _cores() -> int:
@@ -224,10 +237,9 @@ def _analyse_class(store: Store, label: int, options: Options, mark: str) -> int
         found = analyse_maps(store.maps(label), options)
     except NumericsError as error:
         raise NumericsError(f"class {label}: {error}") from error
-    rows: list[dict[str, Any]] = []
-    for fact in found.facts:
-        row = {field.name: getattr(fact, field.name) for field in dataclasses.fields(fact)}
-        rows.append({name: value for name, value in row.items() if name not in ("region", "mean")})
+    columns: dict[str, Any] = {
+        f"group_{name}": np.array([getattr(group, name) for group in found.groups]) for name in _GROUP
+    }
     with replacing(class_path(store.folder, label)) as temporary, open(temporary, "wb") as file:
         np.savez(
             file,
@@ -235,8 +247,10 @@ def _analyse_class(store: Store, label: int, options: Options, mark: str) -> int
             clusters=found.clusters,
             eigenvalues=found.eigenvalues,
             embedding=found.embedding,
-            regions=np.stack([fact.region for fact in found.facts]),
-            means=np.stack([fact.mean for fact in found.facts]),
-            facts=json.dumps(rows),
+            **columns,
         )
     return label
+
+
+def _scalar_or_array(value: Any) -> Any:
+    return value if isinstance(value, np.ndarray) else float(value)

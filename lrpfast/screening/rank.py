@@ -1,115 +1,173 @@
-"""How suspicious a cluster of maps is, and where its members look.
+"""Which maps of a class form a suspicious group, and where its members look.
 
 A decision that rests on something beside the object has a face of its own in relevance: a small group of maps, alike, with the
 relevance in one place, apart from the rest of their class. Each of the four is a number in 0..1 here, and the suspicion
-is their product: a cluster that lacks one of them has an explanation without a Clever Hans. Suspicion chooses what is
-tried on the model; what the trial finds decides (`verification`).
+is their product: a group that lacks one of them has an explanation without a Clever Hans. Suspicion chooses what is
+tried on the model; what the trial finds decides (`trial`).
+
+The partition that the eigengap chooses shows the class at its coarsest: the ways to draw an object differ more than a tag of a few
+pixels, and a small group hides in a large cluster. So groups are taken from the partitions into 2, 3, ... clusters alike,
+and each is sharpened before it is judged: where its members look tells who belongs to it, and who belongs to it tells where they look.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
-import scipy.sparse
 
 SMALLEST = 3  # members: of fewer no consensus can be told
+_ROUNDS = 5  # of sharpening; two or three are enough as a rule
+_HALF = 5.0
+_SAME = 0.5  # groups that share so much of their members are one
 
 
 @dataclasses.dataclass(frozen=True)
-class ClusterFacts:
-    """What the maps of a cluster have in common.
+class Group:
+    """Some maps of a class and what they have in common.
 
     Parameters
     ----------
-    cluster
-        Its number within the class.
-    size
-        Members.
-    share
-        Of the class.
+    members
+        bool [n].
     smallness
-        1 - share.
+        1 - the group's share of the class.
     compactness
         Length of the mean of the members' maps, each scaled to length 1: 1 where all are the same.
     concentration
         1 - 2 a, a the smallest part of the area that holds half of the positive relevance of the mean map: 0 where it is
         even, towards 1 where it is in one place, the same one in all members.
-    separation
-        The part of the edges' weight at the members that stays within the cluster, 1 - conductance.
+    distance
+        How far the members are from the rest of the class where they look: the median of their `score` above that of the rest, in
+        standard deviations of the rest.
     region
         bool [H, W]: see `consensus_region`.
     mean
         float32 [H, W]: the mean of the members' normalised maps.
+    score
+        float32 [n], of every map of the class: the share of its relevance that lies in `region`.
     """
 
-    cluster: int
-    size: int
-    share: float
+    members: np.ndarray
     smallness: float
     compactness: float
     concentration: float
-    separation: float
+    distance: float
     region: np.ndarray
     mean: np.ndarray
+    score: np.ndarray
+
+    @property
+    def size(self) -> int:
+        """How many members."""
+        return int(self.members.sum())
+
+    @property
+    def separation(self) -> float:
+        """`distance` brought to 0..1: a half at `_HALF` standard deviations."""
+        return self.distance / (self.distance + _HALF)
 
     @property
     def suspicion(self) -> float:
-        """The product of smallness, compactness, concentration and separation; 0 below `SMALLEST` members."""
-        if self.size < SMALLEST:
-            return 0.0
+        """The product of smallness, compactness, concentration and separation."""
         return self.smallness * self.compactness * self.concentration * self.separation
 
 
-def describe_clusters(
-    points: np.ndarray, clusters: np.ndarray, graph: scipy.sparse.csr_array, size: tuple[int, int]
-) -> list[ClusterFacts]:
-    """Describe each cluster of a class.
+def suspicious_groups(
+    points: np.ndarray,
+    partitions: Iterable[np.ndarray],
+    size: tuple[int, int],
+    most: int = 5,
+) -> list[Group]:
+    """Judge the clusters of several partitions of a class, sharpened; the most suspicious first.
 
     Parameters
     ----------
     points
         [n, H*W] float32, normalised maps.
-    clusters
-        [n] integer, the cluster of each, from 0 and without gaps.
-    graph
-        [n, n], their neighbourhood graph.
+    partitions
+        Each [n] integer: the cluster of each map, from 0.
+    size
+        (H, W).
+    most
+        How many are returned.
+
+    Returns
+    -------
+    list of Group
+        Of at least `SMALLEST` members and with a region; none that shares half of its members or more (Jaccard index) with one
+        before it.
+    """
+    candidates: dict[bytes, np.ndarray] = {}
+    for partition in partitions:
+        for number in range(int(partition.max(initial=-1)) + 1):
+            members = partition == number
+            if members.sum() >= SMALLEST:
+                members = sharpen(points, members, size)
+                candidates.setdefault(members.tobytes(), members)
+    groups = [describe_group(points, members, size) for members in candidates.values()]
+    groups = [group for group in groups if group.size >= SMALLEST and group.region.any()]
+    kept: list[Group] = []
+    for group in sorted(groups, key=lambda group: (-group.suspicion, group.size)):
+        if len(kept) == most:
+            break
+        if all(_jaccard(group.members, other.members) < _SAME for other in kept):
+            kept.append(group)
+    return kept
+
+
+def sharpen(points: np.ndarray, members: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Let members and region agree: a map belongs to the group if its share in the group's region is nearer to the members'
+    than to the others' (median), and the region follows from the members; repeated until nothing changes.
+
+    Parameters
+    ----------
+    points
+        [n, H*W] float32, normalised maps.
+    members
+        bool [n].
     size
         (H, W).
 
     Returns
     -------
-    list of ClusterFacts
-        By number of the cluster.
+    numpy.ndarray
+        bool [n]; as given, where the group is all of the class or nothing sets it apart.
     """
-    lengths = np.sqrt(np.einsum("ij,ij->i", points, points, dtype=np.float64))
-    inverse = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0).astype(np.float32)
-    degrees = np.asarray(graph.sum(axis=1)).ravel()
-    total = points.sum(axis=0, dtype=np.float64)
-    facts = []
-    for number in range(int(clusters.max(initial=-1)) + 1):
-        members = clusters == number
-        count = int(members.sum())
-        own = points[members].sum(axis=0, dtype=np.float64)
-        rest = total - own
-        others = len(points) - count
-        mean, mean_rest = own / count, rest / others if others else np.zeros_like(rest)
-        volume = float(degrees[members].sum())
-        kept = float(graph[np.flatnonzero(members)][:, np.flatnonzero(members)].sum())
-        facts.append(
-            ClusterFacts(
-                cluster=number,
-                size=count,
-                share=count / len(points),
-                smallness=1 - count / len(points),
-                compactness=float(np.linalg.norm(inverse[members] @ points[members]) / count),
-                concentration=concentration(mean),
-                separation=kept / volume if volume else 1.0,
-                region=consensus_region((mean - mean_rest).reshape(size)),
-                mean=mean.reshape(size).astype(np.float32),
-            )
-        )
-    return facts
+    for _ in range(_ROUNDS):
+        if members.all() or not members.any():
+            break
+        region = consensus_region(_excess(points, members).reshape(size))
+        if not region.any():
+            break
+        share = region_share(points, region)
+        halfway = (np.median(share[members]) + np.median(share[~members])) / 2
+        sharper = share > halfway
+        if (sharper == members).all() or sharper.sum() < SMALLEST:
+            break
+        members = sharper
+    return members
+
+
+def describe_group(points: np.ndarray, members: np.ndarray, size: tuple[int, int]) -> Group:
+    """Describe a group, `members` bool [n], of the normalised maps `points` [n, H*W]; see `Group`."""
+    own = points[members]
+    lengths = np.linalg.norm(own, axis=1, keepdims=True)
+    units = np.divide(own, lengths, out=np.zeros_like(own), where=lengths > 0)
+    mean = own.mean(axis=0, dtype=np.float64)
+    region = consensus_region(_excess(points, members).reshape(size))
+    score = region_share(points, region)
+    return Group(
+        members=members,
+        smallness=1 - float(members.mean()),
+        compactness=float(np.linalg.norm(units.mean(axis=0, dtype=np.float64))),
+        concentration=concentration(mean),
+        distance=_distance(score, members),
+        region=region,
+        mean=mean.reshape(size).astype(np.float32),
+        score=score,
+    )
 
 
 def concentration(mean: np.ndarray) -> float:
@@ -125,15 +183,15 @@ def concentration(mean: np.ndarray) -> float:
     return float(max(0.0, 1 - 2 * cells / len(positive)))
 
 
-def consensus_region(difference: np.ndarray) -> np.ndarray:
-    """Where a cluster's relevance lies and that of the rest of its class does not.
+def consensus_region(excess: np.ndarray) -> np.ndarray:
+    """Where a group's relevance lies and that of the rest of its class does not.
 
     The cells where the mean map of the members exceeds that of the rest by at least half of the largest excess (the
     width at half maximum).
 
     Parameters
     ----------
-    difference
+    excess
         [H, W], the mean normalised map of the members minus that of all others of the class (minus 0 where there are none).
 
     Returns
@@ -141,10 +199,30 @@ def consensus_region(difference: np.ndarray) -> np.ndarray:
     numpy.ndarray
         bool [H, W]; empty where there is no excess.
     """
-    largest = float(difference.max(initial=0.0))
-    return (difference >= largest / 2) if largest > 0 else np.zeros(difference.shape, dtype=bool)
+    largest = float(excess.max(initial=0.0))
+    return (excess >= largest / 2) if largest > 0 else np.zeros(excess.shape, dtype=bool)
 
 
 def region_share(points: np.ndarray, region: np.ndarray) -> np.ndarray:
     """The share of each normalised map [n, H*W] that lies in a region [H, W], signed: float32 [n] in -1..1."""
     return points[:, region.ravel()].sum(axis=1)
+
+
+def _excess(points: np.ndarray, members: np.ndarray) -> np.ndarray:
+    own = points[members].mean(axis=0, dtype=np.float64)
+    return own if members.all() else own - points[~members].mean(axis=0, dtype=np.float64)
+
+
+def _distance(score: np.ndarray, members: np.ndarray) -> float:
+    """See `Group.distance`; 0 without a rest, at most 100, which a rest without any spread would exceed."""
+    if members.all():
+        return 0.0
+    rest = score[~members].astype(np.float64)
+    above = float(np.median(score[members]) - np.median(rest))
+    spread = max(float(rest.std()), 1e-6)
+    return min(max(above / spread, 0.0), 100.0)
+
+
+def _jaccard(one: np.ndarray, other: np.ndarray) -> float:
+    either = int((one | other).sum())
+    return int((one & other).sum()) / either if either else 1.0

@@ -98,7 +98,7 @@ def cluster_count(eigenvalues: np.ndarray) -> int:
     return int(np.argmax(gaps)) + 1
 
 
-def cluster(spectrum: Spectrum, count: int, seed: int = 0) -> np.ndarray:
+def cluster(spectrum: Spectrum, count: int, seed: int = 0, starts: int = 10) -> np.ndarray:
     """Assign each node to a cluster: k-means on the row-normalised eigenvectors (Ng, Jordan and Weiss 2001).
 
     Parameters
@@ -107,8 +107,8 @@ def cluster(spectrum: Spectrum, count: int, seed: int = 0) -> np.ndarray:
         At least `count` eigenpairs.
     count
         Number of clusters.
-    seed
-        Of the start of k-means.
+    seed, starts
+        Of the starts of k-means, and how many there are: the best result is taken.
 
     Returns
     -------
@@ -124,7 +124,7 @@ def cluster(spectrum: Spectrum, count: int, seed: int = 0) -> np.ndarray:
     np.divide(rows, lengths, out=rows, where=lengths > 1e-12)
     # Rows of disconnected pieces coincide up to rounding; k-means warns of fewer distinct points than clusters.
     distinct = len(np.unique(np.round(rows, 9), axis=0))
-    labels = KMeans(min(count, distinct), n_init=10, random_state=seed).fit_predict(rows)
+    labels = KMeans(min(count, distinct), n_init=starts, random_state=seed).fit_predict(rows)
     return by_size(labels)
 
 

@@ -26,7 +26,9 @@ from lrpfast.screening import manifest as manifests
 from lrpfast.screening.manifest import Manifest
 from lrpfast.screening.schema import ShardInfo, from_half
 
-_LIGHT = ("sample", "path", "label", "target", "prediction", "top5_class", "top5_logit", "target_logit", "scale", "conservation")  # fmt: skip
+_LIGHT = (
+    "sample", "path", "label", "target", "prediction", "top5_class", "top5_logit", "target_logit", "scale", "conservation",
+)  # fmt: skip
 _BATCH = 4096  # rows read from the maps of a shard at a time
 FOLDER = "analysis"
 
@@ -94,9 +96,7 @@ class Store:
         target = table["target"].to_numpy()
         classes, starts = np.unique(target, return_index=True)
         stops = [*starts[1:].tolist(), len(target)]
-        self._ranges = {
-            int(c): (int(start), int(stop)) for c, start, stop in zip(classes, starts, stops, strict=True)
-        }
+        self._ranges = {int(c): (int(start), int(stop)) for c, start, stop in zip(classes, starts, stops, strict=True)}
 
     def __len__(self) -> int:
         """How many samples were explained."""
@@ -217,7 +217,7 @@ def _write_maps(path: Path, shards: Sequence[Path], place: np.ndarray, cells: in
 
 
 def _write_at(descriptor: int, values: np.ndarray, offset: int) -> None:
-    content = memoryview(np.ascontiguousarray(values)).cast("B")
+    content = memoryview(np.ascontiguousarray(values).tobytes())
     while content:
         try:
             written = os.pwrite(descriptor, content, offset)

@@ -7,6 +7,9 @@ any change to an image disturbs the model a little:
 - pasting it from members is compared with pasting the same place from the rest of the class. A region where the object itself stands
   moves predictions just as well from any image of the class; an artefact does so from the members alone.
 
+What is covered and pasted is the region with a margin of one cell: relevance gathers within a tag, on what the model makes of it, and
+the tag's edge is part of it.
+
 All on tensors; nothing here knows of files.
 """
 
@@ -17,6 +20,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from lrpfast.screening import intervals
@@ -70,7 +74,7 @@ def try_region(
     predict
         Inputs [N, C, H, W] to logits [N, classes].
     region
-        bool [h, w], any resolution; each cell stands for a block of pixels.
+        bool [h, w], any resolution; each cell stands for a block of pixels. A margin of one cell is added.
     label
         The class.
     members, rest, recipients
@@ -78,7 +82,7 @@ def try_region(
     seed
         Of the random places and of the bootstrap.
     """
-    mask = _enlarged(region, members.shape[-2], members.shape[-1])
+    mask = _enlarged(ndimage.binary_dilation(region, np.ones((3, 3))), members.shape[-2], members.shape[-1])
     rng = np.random.default_rng(seed)
     before = _scores(predict, members, label)
     fall = before - _scores(predict, cover(members, mask), label)
@@ -139,6 +143,8 @@ def _moved(predict: Predict, recipients: Tensor, donors: Tensor, mask: Tensor, l
 def _scores(predict: Predict, images: Tensor, label: int) -> np.ndarray:
     """log p/(1-p) of the class, [N] float64; from logits, so that it does not saturate."""
     logits = _logits(predict, images).double()
+    if logits.shape[1] == 1:
+        return logits[:, 0].numpy()  # one output is log-odds itself
     others = torch.cat([logits[:, :label], logits[:, label + 1 :]], dim=1)
     return (logits[:, label] - others.logsumexp(1)).numpy()
 
