@@ -2,8 +2,9 @@
 
 The pipeline is all of `lrpfast screen --stage explain` but the decoding, which has its own limit: processes hand over batches of ready
 tensors; maps are pooled, scaled, gathered and written to shards that are brought to the disk. Explaining alone is the same explainer in a
-loop over the same batches in memory. Both are done in turns, in one process, on networks of `tests/networks.py`; the figure is the ratio
-of the medians, and, where the machine is not idle, that of the fastest. `--files` measures the pipeline on JPEG files as well, and says what share of the time it waited for them.
+loop over the same batches in memory. Both are done in turns, in one process, on networks of `tests/networks.py`; the figure is the
+ratio of the medians, and, where the machine is not idle, that of the fastest. `--files` measures the pipeline on JPEG files as well, and
+says what share of the time it waited for them.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def kill_and_go_on(tmp_path: Path, kills: int, images: int) -> None:
 
 @pytest.mark.slow
 def test_killed_and_started_again(tmp_path):
-    kill_and_go_on(tmp_path, 6, 30)
+    kill_and_go_on(tmp_path, 6, 20)
 
 
 @pytest.mark.exhaustive
