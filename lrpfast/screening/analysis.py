@@ -198,10 +198,15 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _enough(classes: int, processes: int) -> bool:
+    """Whether processes, which take seconds to start, are worth it."""
+    return processes > 1 and classes >= 8 * processes
+
+
 def _run(store: Store, labels: list[int], options: Options, mark: str, processes: int) -> Iterator[int]:
     """Analyse classes; yields each one that is done."""
     small = [label for label in labels if store.count(label) <= _LARGE]
-    if processes > 1 and len(small) >= 4 * processes:
+    if _enough(len(small), processes):
         context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
         with concurrent.futures.ProcessPoolExecutor(
             processes, context, initializer=_start_worker, initargs=(store.folder,)

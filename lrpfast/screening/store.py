@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -201,19 +201,23 @@ def _write_maps(path: Path, shards: Sequence[Path], place: np.ndarray, cells: in
     """Write the map of row i of all shards, one after the other, at `place[i]`; what follows each other goes in one piece."""
     row = 0
     with open(path, "wb", buffering=0) as out:
-        for shard in shards:
-            try:
-                with pq.ParquetFile(shard, page_checksum_verification=True) as file:
-                    for batch in file.iter_batches(batch_size=_BATCH, columns=["map"]):
-                        values = batch["map"].flatten().to_numpy(zero_copy_only=False).reshape(-1, cells)
-                        places = place[row : row + len(values)]
-                        row += len(values)
-                        order = np.argsort(places)
-                        for run in np.split(order, np.flatnonzero(np.diff(places[order]) != 1) + 1):
-                            if len(run):
-                                _write_at(out.fileno(), values[run], int(places[run[0]]) * cells * 2)
-            except pa.ArrowException as error:
-                raise ScreeningError(f"{shard} is damaged: {error}. Remove it and start the screening again") from error
+        for values in (batch for shard in shards for batch in _read_maps(shard, cells)):
+            places = place[row : row + len(values)]
+            row += len(values)
+            order = np.argsort(places)
+            for run in np.split(order, np.flatnonzero(np.diff(places[order]) != 1) + 1):
+                if len(run):
+                    _write_at(out.fileno(), values[run], int(places[run[0]]) * cells * 2)
+
+
+def _read_maps(shard: Path, cells: int) -> Iterator[np.ndarray]:
+    """The maps of a shard, float16 [rows, cells], some rows at a time."""
+    try:
+        with pq.ParquetFile(shard, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(batch_size=_BATCH, columns=["map"]):
+                yield batch["map"].flatten().to_numpy(zero_copy_only=False).reshape(-1, cells)
+    except (OSError, pa.ArrowException) as error:
+        raise ScreeningError(f"{shard} is damaged: {error}. Remove it and start the screening again") from error
 
 
 def _write_at(descriptor: int, values: np.ndarray, offset: int) -> None:
