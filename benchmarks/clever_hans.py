@@ -18,8 +18,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -31,12 +31,12 @@ from benchmarks import clever_hans_data as source
 from benchmarks.clever_hans_data import Data, Task
 from lrpfast.files import make_folder, replacing
 from lrpfast.screening.analysis import analyse_points
-from lrpfast.screening.findings import FLAG_DISTANCE, FLAG_EFFECT, is_flagged, strength
+from lrpfast.screening.findings import is_flagged, strength
 from lrpfast.screening.graph import normalise_maps
 from lrpfast.screening.rank import Group
 from lrpfast.screening.trial import Effect, try_region
 
-METHODS = ("lrp", "gradient_x_input", "integrated_gradients", "pixels", "features", "loss", "random")
+METHODS = ("lrp", "loss", "random", "features", "pixels", "gradient_x_input", "integrated_gradients")
 PREVALENCES = (0.01, 0.02, 0.05, 0.1, 0.3, 0.8)
 USED = 0.1  # share of other classes' images that the artefact itself must move to the class
 CELLS = 16  # maps are CELLS x CELLS
@@ -71,13 +71,14 @@ def runs(which: str) -> list[Run]:
         return [Run(t, k, p, 100 + i) for t, i, k in kinds for p in (0.02, 0.05, 0.1, 0.3)] + [
             Run(t, "clean", 0.0, 110 + i) for i in range(3) for t in source.TASKS
         ]
-    planted = [
-        Run(t, k, p, i) for p in (0.05, 0.1, 0.02, 0.3) for i, k in enumerate(source.REPORTED) for t in source.TASKS
-    ]
-    clean = [Run(t, "clean", 0.0, 20 + i) for i in range(10) for t in source.TASKS]
-    controls = [Run(t, k, 0.1, 40 + i) for i in range(2) for k in ("everywhere", "modes") for t in source.TASKS]
-    edges = [Run(t, k, p, 50 + i) for p in (0.01, 0.8) for i, k in enumerate(source.REPORTED) for t in source.TASKS]
-    return planted + clean + controls + edges
+    kinds = list(enumerate(source.REPORTED))
+    found = []
+    for task in source.TASKS:
+        found += [Run(task, k, p, i) for p in (0.05, 0.1) for i, k in kinds]
+        found += [Run(task, "clean", 0.0, 20 + i) for i in range(10)]
+        found += [Run(task, k, p, i) for p in (0.3, 0.02) for i, k in kinds]
+    found += [Run(t, k, 0.1, 40 + i) for i in range(2) for k in ("everywhere", "modes") for t in source.TASKS]
+    return found + [Run(t, k, p, 50 + i) for p in (0.01, 0.8) for i, k in kinds for t in source.TASKS]
 
 
 def network(task: Task) -> nn.Module:
@@ -203,45 +204,52 @@ def _towards(points: np.ndarray, members: np.ndarray) -> np.ndarray:
     return points @ (points[members].mean(0) - points[~members].mean(0))
 
 
-def do(run: Run, methods: tuple[str, ...] = METHODS, keep: Path | None = None) -> dict[str, object]:
-    """Train, screen with each method, score."""
-    began = time.perf_counter()
+def wanted(run: Run) -> tuple[str, ...]:
+    """The methods of a run. Where nothing is planted for a method to find, the question is what the screening flags."""
+    return METHODS if run.kind in source.REPORTED and 0.02 <= run.prevalence <= 0.3 else METHODS[:1]
+
+
+def do(run: Run, folder: Path, methods: tuple[str, ...]) -> dict[str, Any]:
+    """Train, and screen with each method that has no result yet; the model and each result are kept as soon as they are there."""
     task = source.TASKS[run.task]
     data = source.make(task, run.kind, run.target, run.prevalence, _PER_CLASS[run.task], run.seed)
-    model = train(task, data, run.seed)
-    trained = time.perf_counter()
+    path, weights = folder / f"{run.name}.json", folder / "models" / f"{run.name}.pt"
+    model = network(task)
+    if weights.exists():
+        model.load_state_dict(torch.load(weights, weights_only=True))
+        model.eval().to(memory_format=torch.channels_last)
+    else:
+        model = train(task, data, run.seed)
+        with replacing(weights) as temporary:
+            torch.save(model.state_dict(), temporary)
     with torch.no_grad():
         predicted = torch.cat([model(x).argmax(1) for x in torch.from_numpy(data.images).split(256)]).numpy()
-    result: dict[str, object] = {
-        **dataclasses.asdict(run),
-        "target": run.target,
-        "accuracy": float((predicted == data.labels).mean()),
-        "use": measured_use(model, task, run),
-        "methods": {},
-    }
-    inner, loss = features(model, data)
-    inputs: dict[str, Callable[[], np.ndarray]] = {
-        name: (lambda name=name: explain(model, data, name)) for name in METHODS[:3]
-    }
-    kept = {}
+    if path.exists():
+        result: dict[str, Any] = json.loads(path.read_text())
+    else:
+        result = {**dataclasses.asdict(run), "target": run.target, "use": measured_use(model, task, run), "methods": {}}
+        result["accuracy"] = float((predicted == data.labels).mean())
     for method in methods:
-        if method in inputs:
-            points, maps = inputs[method](), None
-            kept[method] = points
-        elif method in ("pixels", "features"):
-            channels = data.images.shape[1]
-            small = np.concatenate([pooled(data.images[:, c]) for c in range(channels)], axis=1)
-            maps = _deviation(small.reshape(len(small), channels, CELLS, CELLS), data.labels)
-            points = normalise_maps(small if method == "pixels" else inner)
-        else:
-            result["methods"][method] = _simple(method, run, data, loss)  # type: ignore[index]
-            continue
-        result["methods"][method] = _score(run, data, _screen(model, task, data, predicted, points, maps))  # type: ignore[index]
-    if keep is not None:
-        np.savez(keep / f"{run.name}.npz", predicted=predicted, **kept)
-        torch.save(model, keep / f"{run.name}.pt")
-    result["seconds"] = [round(trained - began, 1), round(time.perf_counter() - trained, 1)]
+        if method not in result["methods"]:
+            began = time.perf_counter()
+            found = _one_method(run, model, data, predicted, method)
+            result["methods"][method] = {**found, "seconds": round(time.perf_counter() - began, 1)}
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps(result, indent=1))
     return result
+
+
+def _one_method(run: Run, model: nn.Module, data: Data, predicted: np.ndarray, method: str) -> dict[str, object]:
+    if method in ("loss", "random"):
+        return _simple(method, run, data, features(model, data)[1])
+    if method in ("pixels", "features"):
+        channels = data.images.shape[1]
+        small = np.concatenate([pooled(data.images[:, c]) for c in range(channels)], axis=1)
+        maps = _deviation(small.reshape(len(small), channels, CELLS, CELLS), data.labels)
+        points = normalise_maps(small if method == "pixels" else features(model, data)[0])
+        return _score(run, data, _screen(model, source.TASKS[run.task], data, predicted, points, maps))
+    points = explain(model, data, method)
+    return _score(run, data, _screen(model, source.TASKS[run.task], data, predicted, points, None))
 
 
 def _deviation(pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -334,30 +342,27 @@ def main() -> None:
 @click.option("--set", "which", type=click.Choice(["tuning", "reported"]), default="reported", show_default=True)
 @click.option("--minutes", type=float, default=1e9, help="Begin no run after this.")
 @click.option("--method", "methods", multiple=True, type=click.Choice(METHODS), help="These alone; default: all.")
-@click.option("--keep", type=click.Path(path_type=Path), help="Keep models and maps here.")
+@click.option("--task", "tasks", multiple=True, type=click.Choice([*source.TASKS]), help="These alone; default: both.")
 @click.option("--threads", type=int, default=1, show_default=True)
 def run_command(
-    output: Path, which: str, minutes: float, methods: tuple[str, ...], keep: Path | None, threads: int
+    output: Path, which: str, minutes: float, methods: tuple[str, ...], tasks: tuple[str, ...], threads: int
 ) -> None:
-    """Do the runs that have no result yet; each result is one file."""
+    """Do the runs that have no result yet; each run is one file."""
     torch.set_num_threads(threads)
-    make_folder(output)
-    if keep is not None:
-        make_folder(keep)
+    make_folder(output / "models")
     began = time.perf_counter()
     for run in runs(which):
-        path = output / f"{run.name}.json"
-        if path.exists():
+        path, own = output / f"{run.name}.json", [m for m in wanted(run) if not methods or m in methods]
+        have = json.loads(path.read_text())["methods"] if path.exists() else ()
+        if all(method in have for method in own) or (tasks and run.task not in tasks):
             continue
         if time.perf_counter() - began > 60 * minutes:
             break
-        result = do(run, methods or METHODS, keep)
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps({"set": which, "flag": [FLAG_DISTANCE, FLAG_EFFECT], **result}, indent=1))
-        lrp = result["methods"].get("lrp", {})  # type: ignore[attr-defined]
+        result = do(run, output, tuple(own))
+        lrp = result["methods"].get("lrp", {})
         click.echo(
             f"{run.name}: accuracy {result['accuracy']:.2f}, use {result['use']}, LRP: "
-            f"{ {k: lrp.get(k) for k in ('auroc', 'rank', 'f1', 'flagged')} }, {result['seconds']} s"
+            f"{ {k: lrp.get(k) for k in ('auroc', 'rank', 'f1', 'flagged')} }"
         )
 
 

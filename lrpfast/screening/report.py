@@ -85,6 +85,7 @@ def write_report(
         beyond=max(0, len(ranking) - _RANKED),
         flagged=[entries for entries in ranking if entries[0]["flagged"]],
         shown=shown,
+        thumbnails={s["label"]: s["thumbnail"] for s in shown},
         shown_labels={section["label"] for section in shown},
         quiet=content["classes_analysed"] - len(ranking),
         note=note,
@@ -120,7 +121,7 @@ def _environment() -> jinja2.Environment:
 def _percent(share: float | None) -> str:
     if share is None:
         return "–"
-    text = f"{100 * share:.0f}%" if abs(share) >= 0.0995 or share == 0 else f"{100 * share:.1f}%"
+    text = f"{100 * share:.0f}%" if abs(share) >= 0.0995 else f"{100 * share:.2g}%"
     return text.replace("-", "−")
 
 
@@ -166,9 +167,15 @@ def _class_section(store: Store, source: Source | None, entries: list[dict[str, 
         "size": len(samples.sample),
         "clusters": cluster_count(analysis.eigenvalues),
         "groups": groups,
+        "thumbnail": _thumbnail(groups[0]),
         "others": [_example(samples, source, int(index), None) for index in rest],
         "plot": _plot(store, label, analysis, entries, samples),
     }
+
+
+def _thumbnail(group: dict[str, Any]) -> str:
+    example = group["examples"][0]
+    return str(example.overlay or example.map)
 
 
 def _nats_scale(effect: dict[str, Any]) -> list[float]:
