@@ -5,8 +5,11 @@ loader reads (checked with virelay 0.6): paths relative to `project.yaml`; a lab
 `word_net_id` and `name`; labels as uint16; attributions that carry their global sample ids; one analysis file with one group a class,
 named exactly as the class's `word_net_id`, and the same names of embeddings and clusterings in every group.
 
-The viewer wants images and maps of one size, so images are brought to the size of the model's input and maps are
-enlarged to it in whole cells. Files are filled a block of rows at a time: the export of a large screening needs no large memory.
+Two more things are as the viewer's code needs them. Images are three channels of uint8: of floating-point images it guesses the
+range from the extremes, and shows dark ones wrongly. Maps have the images' channels, a third of the relevance in each: it adds
+channels up, but fails on a single one.
+
+Images and maps have one size, the model's input; maps are enlarged to it in whole cells. Files are filled a block of rows at a time: the export of a large screening needs no large memory.
 """
 
 from __future__ import annotations
@@ -156,10 +159,10 @@ def _write_samples(
     """The dataset has a row for each position of the source, which so is the id; one that could not be read is an empty row."""
     rows, count, classes = store.manifest.samples, len(store), len(store.manifest.classes)
     samples = store.columns()["sample"].to_numpy()
-    channels, height, width = _image(source, int(samples[0])).shape
+    channels, height, width = _shape(source, samples)
     chunk = (1, channels, height, width)
-    data = images.create_dataset("data", (rows, channels, height, width), np.float32, chunks=chunk, fillvalue=0)
-    attribution = maps.create_dataset("attribution", (count, 1, height, width), np.float32)
+    data = images.create_dataset("data", (rows, channels, height, width), np.uint8, chunks=chunk, fillvalue=0)
+    attribution = maps.create_dataset("attribution", (count, channels, height, width), np.float32)
     prediction = maps.create_dataset("prediction", (count, classes), np.float32)
     # In the order of the store: classes one after the other.
     maps["index"] = samples.astype(np.uint32)
@@ -176,23 +179,31 @@ def _write_samples(
         logits = _logits(table["top5_class"], table["top5_logit"], classes)
         for sample, heatmap, values in zip(table["sample"].to_pylist(), heatmaps, logits, strict=True):
             data[sample] = _image(source, sample, (channels, height, width))
-            attribution[done, 0] = _enlarged(heatmap, height, width)
+            attribution[done] = _enlarged(heatmap / channels, height, width)
             prediction[done] = values
             done += 1
             if progress is not None:
                 progress(done, count)
 
 
-def _image(source: Source, sample: int, shape: tuple[int, int, int] | None = None) -> np.ndarray:
-    """A sample as the viewer shows it, float32 [C, H, W] in 0..255; black where it cannot be read any more."""
+def _shape(source: Source, samples: np.ndarray) -> tuple[int, int, int]:
+    """Of the first image that can be read: (3, H, W)."""
+    for sample in samples.tolist():
+        try:
+            image = source.image(sample)
+        except InputError:
+            continue
+        return 3, image.height, image.width
+    raise InputError("none of the images can be read any more; the export needs them")
+
+
+def _image(source: Source, sample: int, shape: tuple[int, int, int]) -> np.ndarray:
+    """A sample as the viewer shows it, uint8 [3, H, W]; black where it cannot be read any more, or is of another size."""
     try:
-        values = np.asarray(source.image(sample), dtype=np.float32)
+        values = np.asarray(source.image(sample).convert("RGB"), dtype=np.uint8).transpose(2, 0, 1)
     except InputError:
-        if shape is None:
-            raise
-        return np.zeros(shape, dtype=np.float32)
-    values = values[None].repeat(3, axis=0) if values.ndim == 2 else values.transpose(2, 0, 1)
-    return values if shape is None or values.shape == shape else np.zeros(shape, dtype=np.float32)
+        return np.zeros(shape, dtype=np.uint8)
+    return values if values.shape == shape else np.zeros(shape, dtype=np.uint8)
 
 
 def _enlarged(heatmap: np.ndarray, height: int, width: int) -> np.ndarray:
