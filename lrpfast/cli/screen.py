@@ -5,17 +5,19 @@ The folder is held for the whole command: two commands that screen into it at on
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lrpfast import screening
 from lrpfast.cli import setup
@@ -25,6 +27,7 @@ from lrpfast.files import check_writable
 from lrpfast.models import Loaded
 
 REPORT = "report.html"
+_NAMED = 5  # findings named on the terminal
 _BATCH = {"cpu": 16, "cuda": 64}
 
 
@@ -73,11 +76,12 @@ def run(
         else:
             _check_complete(output)
         if "analyse" in stages:
-            with terminal.status("analysing"):
-                screening.analyse(output)
+            with _classes(terminal, "analysing") as progress:
+                screening.analyse(output, progress=progress)
         if "verify" in stages:
-            with terminal.status("verifying"):
-                screening.verify(output, source, logits_of(loaded, engine))
+            with _classes(terminal, "verifying") as progress:
+                found = screening.verify(output, source, logits_of(loaded, engine), progress=progress)
+            _tell_findings(found, source)
         if "report" in stages:
             with terminal.status("writing the report"):
                 screening.write_report(output, source)
@@ -191,6 +195,29 @@ def _source(folder: Path) -> Any:
     except InputError as error:
         setup.warn(f"{error}; the report is written without pictures of the images")
         return None
+
+
+@contextlib.contextmanager
+def _classes(terminal: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show how many classes a stage has done, on a terminal."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("classes"), TimeRemainingColumn())
+    with Progress(*columns, console=terminal, disable=not terminal.is_terminal, redirect_stdout=False) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _tell_findings(found: Sequence[Any], source: Any) -> None:
+    """Name the first findings; the report has all of them."""
+    flagged = [finding for finding in found if finding.flagged]
+    names = {entry.index: entry.name for entry in source.classes}
+    groups, classes = len(flagged), len({finding.label for finding in flagged})
+    click.echo(f"suspicious: {groups} group{'s' * (groups != 1)} in {classes} class{'es' * (classes != 1)}")
+    for finding in flagged[:_NAMED]:
+        moved = finding.effect.moved.value
+        click.echo(
+            f"  {names.get(finding.label, finding.label)}: {finding.group.size} of {len(finding.sample)} images; what they have in common "
+            f"moves {moved:.0%} of other images to this class"
+        )
 
 
 def _tell(summary: Any, output: Path, classes: int) -> None:
