@@ -15,7 +15,7 @@ from lrpfast.screening.intervals import Estimate
 from lrpfast.screening.rank import (
     concentration,
     consensus_region,
-    describe_group,
+    describe_groups,
     region_share,
     sharpen,
     suspicious_groups,
@@ -61,13 +61,13 @@ class TestRegion:
 
     def test_share(self):
         points = np.array([[0.5, -0.25, 0.25, 0.0]])
-        assert region_share(points, np.array([[True, True], [False, False]])).tolist() == [0.25]
+        assert region_share(points, np.array([[True, True, False, False]])).tolist() == [[0.25]]
 
 
 class TestGroups:
     def test_facts_of_a_group(self):
-        points = np.array([[1, 0, 0, 0], [1, 0, 0, 0], [0, 0.5, 0.5, 0], [0, 0.5, 0.25, 0.25]], dtype=np.float32)
-        group = describe_group(points, np.array([True, True, False, False]), (2, 2))
+        points = np.array([[1, 0, 0, 0], [1, 0, 0, 0], [0, 0.5, 0.5, 0], [0, 0.5, 0.25, 0.25]], dtype=float)
+        (group,) = describe_groups(points, np.array([[True, True, False, False]]), (2, 2))
         assert group.size == 2
         assert group.smallness == 0.5
         assert group.compactness == pytest.approx(1.0)
@@ -79,21 +79,21 @@ class TestGroups:
         assert group.suspicion == pytest.approx(0.5 * 1.0 * 0.75 * 100 / 105)
 
     def test_distance_is_in_standard_deviations_of_the_rest(self):
-        points = np.array([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.3, 0.7], [0.5, 0.5]], dtype=np.float32)
-        group = describe_group(points, np.array([True, True, False, False, False]), (1, 2))
+        points = np.array([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.3, 0.7], [0.5, 0.5]])
+        (group,) = describe_groups(points, np.array([[True, True, False, False, False]]), (1, 2))
         assert group.distance == pytest.approx((0.9 - 0.3) / np.std([0.1, 0.3, 0.5]), rel=1e-5)
 
     def test_a_group_of_all_has_no_suspicion(self):
-        points = np.random.default_rng(0).random((5, 4)).astype(np.float32)
-        group = describe_group(points, np.ones(5, dtype=bool), (2, 2))
+        points = np.random.default_rng(0).random((5, 4))
+        (group,) = describe_groups(points, np.ones((1, 5), dtype=bool), (2, 2))
         assert group.suspicion == 0
 
     def test_sharpening_throws_out_who_looks_elsewhere(self):
         analysis = planted().reshape(100, -1)
-        points = (analysis / np.abs(analysis).sum(1, keepdims=True)).astype(np.float32)
+        points = analysis / np.abs(analysis).sum(1, keepdims=True)
         impure = np.arange(100) < 11  # three that have no tag
         impure[0] = False  # and one tagged map is missing
-        assert np.flatnonzero(sharpen(points, impure, (8, 8))).tolist() == list(range(8))
+        assert np.flatnonzero(sharpen(points, impure[None])[0]).tolist() == list(range(8))
 
     def test_a_planted_group_is_the_most_suspicious_and_its_region_is_the_tag(self):
         found = analyse_maps(planted(), Options())

@@ -8,6 +8,7 @@ classes too large to be several in memory at once are done one after the other, 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import threadpoolctl
 
 from lrpfast.errors import InputError, NumericsError
 from lrpfast.files import make_folder, remove_temporaries, replacing
@@ -27,6 +27,7 @@ from lrpfast.screening.graph import nearest_neighbours, neighbour_count, neighbo
 from lrpfast.screening.rank import Group, suspicious_groups
 from lrpfast.screening.spectral import EIGENPAIRS, cluster, cluster_count, laplacian_spectrum
 from lrpfast.screening.store import FOLDER, Store
+from lrpfast.screening.threads import one_thread
 
 _LARGE = 8192  # samples: such a class is done alone
 _GROUP = tuple(field.name for field in dataclasses.fields(Group))
@@ -96,6 +97,11 @@ def analyse_points(
     options: Options = Options(),  # noqa: B008
 ) -> ClassAnalysis:
     """Cluster any points [n, d], say where by normalised maps [n, H*W] with `size` = (H, W); else as `analyse_maps`."""
+    with one_thread() if len(points) <= _LARGE else contextlib.nullcontext():
+        return _analyse_points(points, maps, size, options)
+
+
+def _analyse_points(points: np.ndarray, maps: np.ndarray, size: tuple[int, int], options: Options) -> ClassAnalysis:
     count = neighbour_count(len(points)) if options.neighbours is None else min(options.neighbours, len(points) - 1)
     graph = neighbour_graph(nearest_neighbours(points, count)[0])
     spectrum = laplacian_spectrum(graph, options.eigenpairs)
@@ -228,7 +234,6 @@ _store: Store | None = None  # of a worker
 
 def _start_worker(folder: Path) -> None:
     global _store
-    threadpoolctl.threadpool_limits(1)
     _store = Store(folder)
 
 

@@ -99,75 +99,77 @@ def suspicious_groups(
         Of at least `SMALLEST` members and with a region; none that shares half of its members or more (Jaccard index) with one
         before it.
     """
-    candidates: dict[bytes, np.ndarray] = {}
-    for partition in partitions:
-        for number in range(int(partition.max(initial=-1)) + 1):
-            members = partition == number
-            if members.sum() >= SMALLEST:
-                members = sharpen(points, members, size)
-                candidates.setdefault(members.tobytes(), members)
-    groups = [describe_group(points, members, size) for members in candidates.values()]
-    groups = [group for group in groups if group.size >= SMALLEST and group.region.any()]
+    clusters = [partition == number for partition in partitions for number in range(int(partition.max(initial=-1)) + 1)]
+    large = [members for members in clusters if members.sum() >= SMALLEST]
+    if not large:
+        return []
+    exact = points.astype(np.float64)
+    sharper = sharpen(exact, np.unique(np.stack(large), axis=0))
+    groups = describe_groups(exact, np.unique(sharper, axis=0), size)
     kept: list[Group] = []
     for group in sorted(groups, key=lambda group: (-group.suspicion, group.size)):
         if len(kept) == most:
             break
-        if all(_jaccard(group.members, other.members) < _SAME for other in kept):
+        if group.region.any() and all(_jaccard(group.members, other.members) < _SAME for other in kept):
             kept.append(group)
     return kept
 
 
-def sharpen(points: np.ndarray, members: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Let members and region agree: a map belongs to the group if its share in the group's region is nearer to the members'
+def sharpen(points: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """Let members and region agree: a map belongs to a group if its share in the group's region is nearer to the members'
     than to the others' (median), and the region follows from the members; repeated until nothing changes.
 
     Parameters
     ----------
     points
-        [n, H*W] float32, normalised maps.
+        [n, H*W] float64, normalised maps.
     members
-        bool [n].
-    size
-        (H, W).
+        bool [g, n], each group by itself.
 
     Returns
     -------
     numpy.ndarray
-        bool [n]; as given, where the group is all of the class or nothing sets it apart.
+        bool [g, n]; as given, where a group is all of the class, or nothing sets it apart.
     """
+    members = members.copy()
+    moving = np.flatnonzero(~members.all(axis=1))
     for _ in range(_ROUNDS):
-        if members.all() or not members.any():
+        share = region_share(points, _regions(_excess(points, members[moving])))
+        changed = []
+        for group, score in zip(moving, share, strict=True):
+            own = members[group]
+            halfway = (np.median(score[own]) + np.median(score[~own])) / 2
+            sharper = score > halfway
+            if SMALLEST <= sharper.sum() < len(sharper) and (sharper != own).any():
+                members[group] = sharper
+                changed.append(group)
+        if not changed:
             break
-        region = consensus_region(_excess(points, members).reshape(size))
-        if not region.any():
-            break
-        share = region_share(points, region)
-        halfway = (np.median(share[members]) + np.median(share[~members])) / 2
-        sharper = share > halfway
-        if (sharper == members).all() or sharper.sum() < SMALLEST:
-            break
-        members = sharper
+        moving = np.array(changed)
     return members
 
 
-def describe_group(points: np.ndarray, members: np.ndarray, size: tuple[int, int]) -> Group:
-    """Describe a group, `members` bool [n], of the normalised maps `points` [n, H*W]; see `Group`."""
-    own = points[members]
-    lengths = np.linalg.norm(own, axis=1, keepdims=True)
-    units = np.divide(own, lengths, out=np.zeros_like(own), where=lengths > 0)
-    mean = own.mean(axis=0, dtype=np.float64)
-    region = consensus_region(_excess(points, members).reshape(size))
-    score = region_share(points, region)
-    return Group(
-        members=members,
-        smallness=1 - float(members.mean()),
-        compactness=float(np.linalg.norm(units.mean(axis=0, dtype=np.float64))),
-        concentration=concentration(mean),
-        distance=_distance(score, members),
-        region=region,
-        mean=mean.reshape(size).astype(np.float32),
-        score=score,
-    )
+def describe_groups(points: np.ndarray, members: np.ndarray, size: tuple[int, int]) -> list[Group]:
+    """Describe groups, `members` bool [g, n], of the normalised maps `points` [n, H*W] float64; see `Group`."""
+    lengths = np.linalg.norm(points, axis=1, keepdims=True)
+    units = np.divide(points, lengths, out=np.zeros_like(points), where=lengths > 0)
+    chosen, counts = members.astype(np.float64), members.sum(axis=1, keepdims=True)
+    means, alike = chosen @ points / counts, np.linalg.norm(chosen @ units / counts, axis=1)
+    regions = _regions(_excess(points, members))
+    scores = region_share(points, regions)
+    return [
+        Group(
+            members=own,
+            smallness=1 - float(own.mean()),
+            compactness=float(compactness),
+            concentration=concentration(mean),
+            distance=_distance(score, own),
+            region=region.reshape(size),
+            mean=mean.reshape(size).astype(np.float32),
+            score=score.astype(np.float32),
+        )
+        for own, compactness, mean, region, score in zip(members, alike, means, regions, scores, strict=True)
+    ]
 
 
 def concentration(mean: np.ndarray) -> float:
@@ -192,25 +194,33 @@ def consensus_region(excess: np.ndarray) -> np.ndarray:
     Parameters
     ----------
     excess
-        [H, W], the mean normalised map of the members minus that of all others of the class (minus 0 where there are none).
+        Any shape, the mean normalised map of the members minus that of all others of the class (minus 0 where there are none).
 
     Returns
     -------
     numpy.ndarray
-        bool [H, W]; empty where there is no excess.
+        bool, as large; empty where there is no excess.
     """
     largest = float(excess.max(initial=0.0))
     return (excess >= largest / 2) if largest > 0 else np.zeros(excess.shape, dtype=bool)
 
 
-def region_share(points: np.ndarray, region: np.ndarray) -> np.ndarray:
-    """The share of each normalised map [n, H*W] that lies in a region [H, W], signed: float32 [n] in -1..1."""
-    return points[:, region.ravel()].sum(axis=1)
+def region_share(points: np.ndarray, regions: np.ndarray) -> np.ndarray:
+    """The share of each normalised map [n, H*W] that lies in regions bool [g, H*W], signed: [g, n] in -1..1."""
+    return regions.astype(points.dtype) @ points.T
 
 
 def _excess(points: np.ndarray, members: np.ndarray) -> np.ndarray:
-    own = points[members].mean(axis=0, dtype=np.float64)
-    return own if members.all() else own - points[~members].mean(axis=0, dtype=np.float64)
+    """[g, H*W]: the mean of each group's maps minus that of all others."""
+    counts = members.sum(axis=1, keepdims=True)
+    own = members.astype(points.dtype) @ points
+    rest = points.sum(axis=0) - own
+    rest[(counts == len(points)).ravel()] = 0
+    return own / counts - rest / np.maximum(len(points) - counts, 1)
+
+
+def _regions(excess: np.ndarray) -> np.ndarray:
+    return np.array([consensus_region(row) for row in excess], dtype=bool).reshape(excess.shape)
 
 
 def _distance(score: np.ndarray, members: np.ndarray) -> float:

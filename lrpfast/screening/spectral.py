@@ -20,6 +20,8 @@ import scipy.sparse.csgraph
 import scipy.sparse.linalg
 from sklearn.cluster import KMeans
 
+from lrpfast.screening.threads import one_thread
+
 EIGENPAIRS = 12
 _DENSE = 256  # up to so many nodes LAPACK is as fast as ARPACK, and cannot fail to converge
 
@@ -124,7 +126,8 @@ def cluster(spectrum: Spectrum, count: int, seed: int = 0, starts: int = 10) -> 
     np.divide(rows, lengths, out=rows, where=lengths > 1e-12)
     # Rows of disconnected pieces coincide up to rounding; k-means warns of fewer distinct points than clusters.
     distinct = len(np.unique(np.round(rows, 9), axis=0))
-    labels = KMeans(min(count, distinct), n_init=starts, random_state=seed).fit_predict(rows)
+    with one_thread():
+        labels = KMeans(min(count, distinct), n_init=starts, random_state=seed).fit_predict(rows)
     return by_size(labels)
 
 

@@ -9,7 +9,8 @@ Two more things are as the viewer's code needs them. Images are three channels o
 range from the extremes, and shows dark ones wrongly. Maps have the images' channels, a third of the relevance in each: it adds
 channels up, but fails on a single one.
 
-Images and maps have one size, the model's input; maps are enlarged to it in whole cells. Files are filled a block of rows at a time: the export of a large screening needs no large memory.
+Images and maps have one size, the model's input; maps are enlarged to it in whole cells. The files are filled class by class, so the
+export of a large screening needs no large memory.
 """
 
 from __future__ import annotations
