@@ -36,8 +36,8 @@ def identities(folder: Path) -> dict[str, tuple[int, int]]:
 class Server:
     """Runs that can be killed."""
 
-    def __init__(self, data: Path) -> None:
-        words = [sys.executable, "-m", "tests.screening_server", str(data)]
+    def __init__(self, data: Path, stages: str = "explain") -> None:
+        words = [sys.executable, "-m", "tests.screening_server", str(data), stages]
         self._process = subprocess.Popen(
             words,
             cwd=ROOT,
@@ -109,6 +109,39 @@ def test_killed_and_started_again(tmp_path):
 @pytest.mark.exhaustive
 def test_killed_at_forty_moments(tmp_path):
     kill_and_go_on(tmp_path, 40, 90)
+
+
+@pytest.mark.exhaustive
+def test_killed_in_every_stage(tmp_path):
+    data = pictures(tmp_path / "data", 20)
+    rng, folder, kills, met = random.Random(5), tmp_path / "killed", 0, set()
+    with Server(data, "all") as server:
+        status, length = server.run(tmp_path / "whole")
+        assert status == 0
+        for _ in range(200):
+            status, _ = server.run(folder, rng.uniform(0.01, length))
+            kills += status == -signal.SIGKILL
+            for stage, sign in SIGNS.items():
+                if list(folder.glob(sign)):
+                    met.add(stage)
+            if status == 0 or rng.random() < 0.1:  # begin again, from some stage
+                begin = rng.choice(["shards/*1.parquet", "analysis/class-*", "analysis/trial-*", "report.html"])
+                for path in {*folder.glob(begin), *folder.glob("report.html")}:
+                    path.unlink()
+            if kills >= 30 and len(met) == len(SIGNS):
+                break
+        assert kills >= 30 and met == {*SIGNS}
+        assert server.run(folder)[0] == 0
+    assert_same(tmp_path / "whole", folder)
+    assert (folder / "findings.csv").read_bytes() == (tmp_path / "whole" / "findings.csv").read_bytes()
+    assert (folder / "findings.json").read_bytes() == (tmp_path / "whole" / "findings.json").read_bytes()
+    assert (folder / "report.html").exists() and not list(folder.rglob(".lrpfast-*"))
+
+
+# What each stage leaves behind.
+SIGNS = {
+    "explain": "shards/shard-*", "analyse": "analysis/class-*", "verify": "analysis/trial-*", "report": "report.html",
+}  # fmt: skip
 
 
 class TestGoingOn:

@@ -42,6 +42,7 @@ _EXTRAS = {
     "jinja2": "screen",
     "h5py": "screen",
     "ray": "ray",
+    "pandas": "ray",
 }
 
 __all__ = ["analyse", "explain_dataset", "export_virelay", "open_source", "recipe", "reopen", "verify", "write_report"]
