@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 import lrpfast
 from benchmarks import clever_hans_data as source
-from benchmarks.clever_hans_data import Data, Task
+from benchmarks.clever_hans_data import CONTROLS, Data, Task
 from lrpfast.files import make_folder, replacing
+from lrpfast.screening import intervals
 from lrpfast.screening.analysis import analyse_points
 from lrpfast.screening.findings import is_flagged, strength
 from lrpfast.screening.graph import normalise_maps
@@ -364,6 +365,69 @@ def run_command(
             f"{run.name}: accuracy {result['accuracy']:.2f}, use {result['use']}, LRP: "
             f"{ {k: lrp.get(k) for k in ('auroc', 'rank', 'f1', 'flagged')} }"
         )
+
+
+@main.command("table")
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+def table_command(folder: Path) -> None:
+    """Print what the runs in a folder found, as Markdown."""
+    names = {run.name for which in ("reported",) for run in runs(which)}
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.stem in names]
+    for line in summary(results):
+        click.echo(line)
+
+
+def summary(results: list[dict[str, Any]]) -> list[str]:
+    """The tables, from the results of runs."""
+    planted = [r for r in results if r["kind"] in source.REPORTED and 0.02 <= r["prevalence"] <= 0.3]
+    used = [r for r in planted if r["use"] >= USED]
+    lines = [
+        f"{len(planted)} runs with an artefact in 2 to 30% of a class; the model uses it in {len(used)} of them.",
+        "",
+        "| method | runs | AUROC, median | AUROC ≥ 0.95 | AP, median | first in the class ranking | flagged | F1, median |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for method in METHODS:
+        own = [(r, r["methods"][method]) for r in used if method in r["methods"]]
+        if not own:
+            continue
+        auroc, ap = ([m[key] for _, m in own] for key in ("auroc", "ap"))
+        f1 = [m["f1"] for _, m in own if "f1" in m]
+        first = intervals.rate(sum(m["rank"] == 1 for _, m in own), len(own))
+        flagged = sum(r["target"] in m["flagged"] for r, m in own) if "flagged" in own[0][1] else None
+        lines.append(
+            f"| {method} | {len(own)} | {np.median(auroc):.3f} | {sum(a >= 0.95 for a in auroc)} | {np.median(ap):.2f} | "
+            f"{round(first.value * len(own))} ({first.low:.0%} to {first.high:.0%}) | {'–' if flagged is None else flagged} | "
+            f"{f'{np.median(f1):.2f}' if f1 else '–'} |"
+        )
+    lines += [
+        "",
+        "| run | use | AUROC | AP | rank | F1 | flagged |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for r in sorted(
+        (r for r in results if r["kind"] in source.REPORTED), key=lambda r: (r["task"], r["kind"], r["prevalence"])
+    ):
+        m = r["methods"].get("lrp")
+        if m:
+            lines.append(
+                f"| {r['task']}, {r['kind']}, {r['prevalence']:.0%} | {r['use']:.2f} | {m['auroc']:.3f} | {m['ap']:.2f} | {m['rank']} | "
+                f"{m['f1']:.2f} | {'yes' if r['target'] in m['flagged'] else 'no'}"
+                f"{', and others' if set(m['flagged']) - {r['target']} else ''} |"
+            )
+    lines.append("")
+    for kind in CONTROLS:
+        own = [r for r in results if r["kind"] == kind and "lrp" in r["methods"]]
+        hits = sum(bool(r["methods"]["lrp"]["flagged"]) for r in own)
+        told = intervals.rate(hits, len(own))
+        lines.append(f"{kind}: something flagged in {hits} of {len(own)} runs ({told.low:.0%} to {told.high:.0%}).")
+    wins = [
+        f"{r['task']}, {r['kind']}, {r['prevalence']:.0%}: {method} {m['auroc']:.3f} against {r['methods']['lrp']['auroc']:.3f}"
+        for r in used
+        for method, m in r["methods"].items()
+        if method != "lrp" and m["auroc"] > r["methods"]["lrp"]["auroc"] + 0.01
+    ]
+    return [*lines, "", "A baseline has the higher AUROC in: " + ("; ".join(wins) or "none") + "."]
 
 
 if __name__ == "__main__":
