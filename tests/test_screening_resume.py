@@ -182,7 +182,7 @@ class TestGoingOn:
         kept = [i for i in range(15) if i != 7]
         assert (again["relevance"] == whole["relevance"][kept]).all()
 
-    @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "other", "text"])
+    @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "other", "foreign", "text"])
     def test_a_damaged_shard_is_explained_again(self, data, tmp_path, damage, capsys):
         screen(data, tmp_path / "out")
         whole = rows(tmp_path / "out")
@@ -192,6 +192,9 @@ class TestGoingOn:
             content[content.find(whole["map"][5:10].tobytes()) + 33] ^= 1  # a bit of a map
         elif damage == "other":
             content = bytearray((tmp_path / "out" / "shards" / "shard-000002.parquet").read_bytes())
+        elif damage == "foreign":  # the same samples, explained otherwise
+            screen(data, tmp_path / "foreign", seed="one")
+            content = bytearray((tmp_path / "foreign" / "shards" / "shard-000001.parquet").read_bytes())
         else:
             content = {"cut": content[:-100], "empty": bytearray(), "text": bytearray(b"hello")}[damage]
         path.write_bytes(content)
