@@ -3,7 +3,8 @@
 The pipeline is all of `lrpfast screen --stage explain` but the decoding, which has its own limit: processes hand over batches of ready
 tensors; maps are pooled, scaled, gathered and written to shards that are brought to the disk. Explaining alone is the same explainer in a
 loop over the same batches in memory. Both are done in turns, in one process, on networks of `tests/networks.py`; the figure is the
-ratio of the medians, and, where the machine is not idle, that of the fastest. `--files` measures the pipeline on JPEG files as well, and
+ratio of the medians, and, where the machine is not idle, that of the fastest and that of the processors' time, decoding processes
+included. `--files` measures the pipeline on JPEG files as well, and
 says what share of the time it waited for them.
 """
 
@@ -13,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -94,6 +96,11 @@ def files(count: int) -> Iterator[Path]:
         yield Path(name)
 
 
+def processors() -> float:
+    """Seconds that processors have spent on this process and on its children that have ended."""
+    return sum(os.times()[:4])
+
+
 def measure(name: str, count: int, batch: int, rounds: int, workers: int, with_files: bool) -> dict[str, Any]:
     """Times of one network."""
     work = peers.workload(name, 8)
@@ -104,15 +111,18 @@ def measure(name: str, count: int, batch: int, rounds: int, workers: int, with_f
     source = DatasetSource("memory", list(zip(inputs, labels.tolist(), strict=True)), preprocessing, made.model)
     alone(made, inputs[: 2 * batch], labels, batch)
     seconds: dict[str, list[float]] = {"alone": [], "pipeline": []}
+    spent: dict[str, list[float]] = {"alone": [], "pipeline": []}
     waited = []
     for turn in range(rounds):
         order = ("alone", "pipeline") if turn % 2 else ("pipeline", "alone")
         for what in order:
+            before = processors()
             if what == "alone":
                 seconds[what].append(alone(made, inputs, labels, batch))
             else:
                 seconds[what].append(pipeline(made, source, workers, batch))
                 waited.append(Quiet.waited / seconds[what][-1])
+            spent[what].append(processors() - before)
     medians = {what: statistics.median(values) for what, values in seconds.items()}
     fastest = {what: min(values) for what, values in seconds.items()}
     found: dict[str, Any] = {
@@ -124,6 +134,7 @@ def measure(name: str, count: int, batch: int, rounds: int, workers: int, with_f
         "images/s pipeline": count / medians["pipeline"],
         "overhead": medians["pipeline"] / medians["alone"] - 1,
         "overhead of the fastest": fastest["pipeline"] / fastest["alone"] - 1,
+        "overhead of processors": statistics.median(spent["pipeline"]) / statistics.median(spent["alone"]) - 1,
         "waited": statistics.median(waited),
         "seconds": seconds,
     }
@@ -156,7 +167,8 @@ def main() -> None:
         results.append(found)
         line = (
             f"{name}: alone {found['images/s alone']:.2f} images/s, pipeline {found['images/s pipeline']:.2f}: "
-            f"{found['overhead']:+.1%} ({found['overhead of the fastest']:+.1%} of the fastest), waiting {found['waited']:.1%} of the time"
+            f"{found['overhead']:+.1%} ({found['overhead of the fastest']:+.1%} of the fastest, "
+            f"{found['overhead of processors']:+.1%} of the processors' time), waiting {found['waited']:.1%} of the time"
         )
         if given.files:
             line += f"; from files {found['images/s files']:.2f}, waiting {found['waited files']:.1%}"
