@@ -371,7 +371,7 @@ def run_command(
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def table_command(folder: Path) -> None:
     """Print what the runs in a folder found, as Markdown."""
-    names = {run.name for which in ("reported",) for run in runs(which)}
+    names = {run.name for run in runs("reported")}
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.stem in names]
     for line in summary(results):
         click.echo(line)

@@ -117,6 +117,11 @@ class TestCluster:
         spectrum = Spectrum(np.zeros(3), np.eye(3)[[0, 0, 1, 1]])
         assert cluster(spectrum, 3).tolist() == [0, 0, 1, 1]
 
+    def test_rows_are_compared_by_direction(self):
+        # A node of small degree has a short row; k-means on the rows as they are would put the two short ones together.
+        spectrum = Spectrum(np.zeros(2), np.array([[1.0, 0.0], [0.01, 0.0], [0.0, 0.01], [0.0, 1.0]]))
+        assert cluster(spectrum, 2).tolist() == [0, 0, 1, 1]
+
     def test_by_size(self):
         assert by_size(np.array([7, 3, 3, 9, 9])).tolist() == [2, 0, 0, 1, 1]
         assert by_size(np.array([], dtype=int)).tolist() == []
