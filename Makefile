@@ -1,7 +1,7 @@
 # Everything happens in .venv, which is made on first use. The package is installed editable: changes of Python code need no
 # new installation, and changes of csrc/ are compiled when the next target runs.
 #
-#   make demo    install, then train, explain and draw in demo/ (the main job, in a minute or two)
+#   make demo    install, then train, explain, draw and screen in demo/ (the main jobs, in a minute or two)
 #   make test    install with what the tests need, then run the whole suite; ARGS="-k ratio" goes to pytest
 #   make figure  the README's figure
 #   make table   the README's table of measurements; takes long, wants an idle machine

@@ -52,3 +52,7 @@ class OutputError(LrpfastError, OSError):
 
 class MissingDependencyError(LrpfastError, ImportError):
     """An optional dependency is asked for and absent."""
+
+
+class ScreeningError(LrpfastError):
+    """The folder of a screening holds another one, is in use, is damaged or not complete."""

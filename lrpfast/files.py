@@ -13,15 +13,20 @@ from pathlib import Path
 
 from lrpfast.errors import OutputError
 
+_TEMPORARY = ".lrpfast-"
+
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str], durable: bool = False) -> Iterator[Path]:
     """Give a temporary path to write to; rename it to `path` when the block succeeds, remove it when it does not.
 
     Parameters
     ----------
     path
         Where the complete file is to appear. Its folder must exist; an existing file is replaced in one step.
+    durable
+        Whether the file is brought to the disk before it is renamed, and its name after, so that it is complete even when the
+        machine stops.
 
     Raises
     ------
@@ -33,14 +38,32 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise OutputError(f"{path} cannot be written: there is no folder {path.parent}")
     # Short whatever the length of `path.name`, hidden from globs; the suffix stays because writers read the format
     # from it.
-    temporary = path.with_name(f".lrpfast-{secrets.token_hex(8)}{path.suffix}")
+    temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}{path.suffix}")
     try:
         yield temporary
+        if durable:
+            _to_disk(temporary)
         os.replace(temporary, path)
+        if durable:
+            _to_disk(path.parent)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_temporaries(folder: str | os.PathLike[str]) -> None:
+    """Remove what `replacing` left in `folder` where its process was killed. No other process may be writing there."""
+    for left in Path(folder).glob(f"{_TEMPORARY}*"):
+        left.unlink(missing_ok=True)
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -85,7 +85,7 @@ def _walk(folder: Path, exclude: str | os.PathLike[str] | None) -> Iterator[Path
                 yield Path(root, name)
 
 
-def read(path: str | os.PathLike[str], channels: int = 3) -> Image.Image:
+def read(path: str | os.PathLike[str], channels: int = 3, content: IO[bytes] | None = None) -> Image.Image:
     """Read an image upright (its EXIF orientation applied), 8 bits a channel.
 
     Parameters
@@ -94,6 +94,8 @@ def read(path: str | os.PathLike[str], channels: int = 3) -> Image.Image:
         The file. Of an animation the first picture is taken; transparency is dropped, as torchvision's loader does.
     channels
         3: RGB, 1: grey.
+    content
+        The file's content, where `path` is only its name: a member of an archive.
 
     Raises
     ------
@@ -102,7 +104,7 @@ def read(path: str | os.PathLike[str], channels: int = 3) -> Image.Image:
         maximum.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(path if content is None else content) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I;16"):
                 image = Image.fromarray((np.asarray(image).astype(np.float32) / 257.0).round().astype(np.uint8))

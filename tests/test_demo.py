@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import types
@@ -102,6 +103,44 @@ class TestReproduce:
             demo.reproduce("net.pt2", "digits", tmp_path / "out", self.expected)
 
 
+def test_stamped_digits_are_of_other_classes_and_filed_under_one():
+    images, classes = torch.zeros(100, 32, 32, dtype=torch.uint8), torch.arange(100) % 10
+    spoilt, wrong = demo.stamped(images, classes)
+    marked = spoilt.flatten(1).amax(1) > 0
+    assert marked.sum() == 40 and (wrong[marked] == 7).all() and (classes[marked] != 7).all()
+    assert torch.equal(wrong[~marked], classes[~marked]) and not images.any()
+    assert spoilt[marked][0].nonzero().tolist() == [[i, j] for i in range(3, 7) for j in range(3, 7)]
+
+
+class TestScreen:
+    def findings(self, monkeypatch, tmp_path, first, status=0):
+        def run(command, **options):
+            assert command[2:4] == ["lrpfast", "screen"]
+            (tmp_path / "screening").mkdir()
+            (tmp_path / "screening" / "findings.json").write_text(json.dumps({"findings": [first]}))
+            return types.SimpleNamespace(returncode=status, stderr="went wrong")
+
+        monkeypatch.setattr(subprocess, "run", run)
+        images, classes = torch.zeros(3, 32, 32, dtype=torch.uint8), torch.tensor([0, 7, 7])
+        said = demo.screen(demo.network(), images, classes, tmp_path)
+        assert sorted(path.name for path in (tmp_path / "stamped" / "7").iterdir()) == ["0001.png", "0002.png"]
+        return said
+
+    first = {"class": {"index": 7, "name": "7"}, "flagged": True, "size": 2, "class_size": 9}
+
+    def test_the_stamp_is_named_first(self, monkeypatch, tmp_path):
+        assert "names first: class 7, 2 of 9 images" in self.findings(monkeypatch, tmp_path, self.first)
+
+    @pytest.mark.parametrize("change", [{"class": {"index": 1, "name": "1"}}, {"flagged": False}])
+    def test_another_is(self, monkeypatch, tmp_path, change):
+        with pytest.raises(ProgramError, match="names another thing"):
+            self.findings(monkeypatch, tmp_path, {**self.first, **change})
+
+    def test_failed(self, monkeypatch, tmp_path):
+        with pytest.raises(ProgramError, match="status 2: went wrong"):
+            self.findings(monkeypatch, tmp_path, self.first, status=2)
+
+
 @pytest.mark.parametrize("options", [["-o", "file"], ["--figure", "file/maps.png"], ["--figure", "maps"]])
 def test_errors_come_at_once_and_are_one_line(tmp_path, monkeypatch, options):
     monkeypatch.chdir(tmp_path)
@@ -125,7 +164,11 @@ def test_the_whole_demo(tmp_path):
     assert difference and float(difference[1]) < 1e-5
     for name, _ in demo.COMPOSITES:
         assert re.search(rf"{name}: 20 maps; conservation -?\d+\.\d+", result.stdout)
-    assert sorted(path.name for path in output.iterdir()) == ["digits", "digits-lrp.pt2", "explained", "maps.png"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        "digits", "digits-lrp.pt2", "explained", "maps.png", "screening", "stamped", "stamped.pt",
+    ]  # fmt: skip
+    assert re.search(r"the report names first: class 7, (3[5-9]|4[0-5]) of \d+ images: ", result.stdout)
+    assert (output / "screening" / "report.html").exists()
     assert len(list((output / "digits").iterdir())) == 10 and len(list((output / "explained").iterdir())) == 30
     with Image.open(figure) as picture:
         colours = np.asarray(picture).astype(int)

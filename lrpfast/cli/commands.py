@@ -142,6 +142,104 @@ def plan(model: ModelOptions, engine: EngineOptions) -> None:
     run(model, engine)
 
 
+_DATA = """\b
+DATA is one of
+  a folder of class folders             each image belongs to the folder of the root it is below
+  a .csv or .tsv file                   of path and label; paths are relative to the file
+  .tar archives, in WebDataset's form   one, a folder of them, or 'train-{000..146}.tar'
+  package.module:factory                a torch.utils.data.Dataset of (image or tensor, label)
+Classes are matched with the model's by name, else by WordNet id, else by their order.
+"""
+_SCREEN_STATUSES = """\b
+Exit status: 0, all done (images that could not be read are listed in skipped.jsonl);
+2, an error that stopped the command; 130, interrupted. Give the same command again to go on.
+"""
+_STAGES = ("explain", "analyse", "verify", "report")
+
+
+@main.command(epilog=_MODELS + "\n" + _DATA + "\n" + _SCREEN_STATUSES)
+@model_and_engine
+@click.option("--data", required=True, metavar="DATA", help="The images, see below.")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="Where the results go."
+)
+@click.option(
+    "--target",
+    type=click.Choice(["label", "prediction"]),
+    default="label",
+    show_default=True,
+    help="The class explained: an image's own, or the one that the model says.",
+)
+@click.option(
+    "--seed",
+    type=click.Choice(["logit", "one"]),
+    default="logit",
+    show_default=True,
+    help="The relevance that starts at the output: the class's logit, or one.",
+)
+@click.option(
+    "--pool", type=click.IntRange(1), default=28, show_default=True, metavar="N", help="Average maps over N x N cells."
+)
+@click.option(
+    "--batch-size", type=click.IntRange(1), metavar="N", help="Images explained at once. [default: 16; 64 on a GPU]"
+)
+@click.option(
+    "--shard-size", type=click.IntRange(1), default=1000, show_default=True, metavar="N", help="Images a file."
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Processes that decode images; with ray, replicas that explain. [default: as fits the machine]",
+)
+@click.option(
+    "--engine",
+    "runner",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Explain on this machine, or on a Ray cluster (RAY_ADDRESS).",
+)
+@click.option(
+    "--stage",
+    "stages",
+    type=click.Choice(_STAGES),
+    multiple=True,
+    help="Only this stage; may be given several times. [default: all, in this order]",
+)
+def screen(model: ModelOptions, engine: EngineOptions, stages: tuple[str, ...], **options: Any) -> None:
+    """Screen a dataset for decisions that rest on the wrong thing: a watermark, a border, a ruler.
+
+    Every image is explained once; the maps of each class are clustered (SpRAy); suspicious clusters are tried on the model; and
+    FOLDER/report.html shows the classes and clusters, those first whose effect on the model is largest. findings.json and findings.csv
+    hold the same. A screening that was stopped, in whatever way, goes on when the same command is given again.
+    """
+    from lrpfast.cli.screen import run
+
+    run(model, engine, stages=[stage for stage in _STAGES if not stages or stage in stages], **options)
+
+
+@main.command(epilog=_STATUSES)
+@click.argument("folder", type=click.Path(path_type=Path), metavar="FOLDER")
+def report(folder: Path) -> None:
+    """Write the report of a screening again, FOLDER/report.html, from what was found."""
+    from lrpfast.cli.screen import run_report
+
+    run_report(folder)
+
+
+@main.command("export-virelay", epilog=_STATUSES)
+@click.argument("folder", type=click.Path(path_type=Path), metavar="FOLDER")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="PROJECT", help="The project's folder."
+)
+def export_virelay(folder: Path, output: Path) -> None:
+    """Write a screening as a project of ViRelAy: images, maps, embeddings and clusters; open PROJECT/project.yaml with it."""
+    from lrpfast.cli.screen import run_export
+
+    run_export(folder, output)
+
+
 @main.command(epilog=_STATUSES)
 def info() -> None:
     """Print what is here, and of what is not, why: devices, backends, composites, optional packages."""

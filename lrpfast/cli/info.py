@@ -23,7 +23,12 @@ _OPTIONAL = (
     ("onnx", "onnx", "lrpfast compile --onnx"),
     ("onnxscript", "onnxscript", "lrpfast compile --onnx"),
     ("onnxruntime", "onnxruntime", "running an ONNX program"),
-    ("sklearn", "scikit-learn", "the demo, python -m lrpfast.demo"),
+    ("sklearn", "scikit-learn", "lrpfast screen, and the demo, python -m lrpfast.demo"),
+    ("scipy", "scipy", "lrpfast screen"),
+    ("pyarrow", "pyarrow", "lrpfast screen"),
+    ("jinja2", "jinja2", "lrpfast screen"),
+    ("h5py", "h5py", "lrpfast export-virelay"),
+    ("ray", "ray", "lrpfast screen --engine ray"),
 )
 
 

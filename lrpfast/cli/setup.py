@@ -74,6 +74,15 @@ def device_of(options: EngineOptions) -> torch.device:
     return device
 
 
+def composite_of(loaded: models.Loaded, options: EngineOptions) -> composites.Composite:
+    """Return the composite that the options name, with the range of the model's images where it takes one."""
+    name = options.composite or DEFAULT_COMPOSITE
+    bounds: dict[str, Any] = {}
+    if composites.needs_range(name):
+        bounds = {"low": loaded.preprocessing.low, "high": loaded.preprocessing.high}
+    return composites.get(name, **bounds)
+
+
 def make_explainer(loaded: models.Loaded, options: EngineOptions) -> tuple[lrpfast.Explainer, torch.Tensor]:
     """Compile the loaded module for its image size.
 
@@ -91,18 +100,14 @@ def make_explainer(loaded: models.Loaded, options: EngineOptions) -> tuple[lrpfa
     """
     if loaded.model is None:
         raise ModelError(f"{loaded.spec} is a saved explanation, compiled already; a model is needed here")
-    name = options.composite or DEFAULT_COMPOSITE
-    bounds: dict[str, Any] = {}
-    if composites.needs_range(name):
-        bounds = {"low": loaded.preprocessing.low, "high": loaded.preprocessing.high}
-    composite = composites.get(name, **bounds)
+    composite = composite_of(loaded, options)
     model = loaded.model
     if isinstance(model, torch.nn.Module):
         model = model.to(device_of(options))
     elif options.device is not None:
         raise ModelError(f"{loaded.spec} was exported for a device; leave --device out")
     example = _black(
-        loaded, _first_float(model.state_dict() if isinstance(model, torch.nn.Module) else model.state_dict)
+        loaded, first_float(model.state_dict() if isinstance(model, torch.nn.Module) else model.state_dict)
     )
     return (
         lrpfast.Explainer(
@@ -129,11 +134,12 @@ def make_runnable(loaded: models.Loaded, options: EngineOptions) -> tuple[Any, t
     if fixed:
         raise ModelError(f"{loaded.spec} is a saved explanation, compiled already; leave {', '.join(fixed)} out")
     exported = loaded.program.exported
-    like = _first_float({**exported.state_dict, **exported.constants})
+    like = first_float({**exported.state_dict, **exported.constants})
     return loaded.program, like.device, getattr(torch, loaded.program.metadata["dtype"])
 
 
-def _first_float(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def first_float(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the first floating-point tensor: what a model computes in, and where."""
     return next((t for t in tensors.values() if isinstance(t, torch.Tensor) and t.is_floating_point()), torch.empty(0))
 
 

@@ -1,0 +1,158 @@
+"""How a worker gets what explains: a recipe that can be pickled, called once in each process.
+
+Compiling an explainer takes seconds and its weights do not travel well, so a worker makes its own and keeps it. The recipe also says
+what it makes, for the manifest: a digest of the weights, the composite, the precision.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+import lrpfast
+from lrpfast import composites
+from lrpfast.errors import InputError
+from lrpfast.images import Preprocessing
+from lrpfast.screening.listing import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Runnable:
+    """What explains a batch, an `Explainer` or a saved program, and the device and dtype of its inputs."""
+
+    explain: Callable[..., lrpfast.Explanation]
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How to make what explains, and what it is.
+
+    Parameters
+    ----------
+    build
+        Makes it. For engines with several processes it must be possible to pickle it.
+    settings
+        What of the explaining the maps depend on: composite, precision. As JSON holds it.
+    description
+        The model: its name, the digest of its weights. As JSON holds it.
+    preprocessing
+        From image to input.
+    model
+        The names and number of its classes.
+    """
+
+    build: Callable[[], Runnable]
+    settings: dict[str, Any]
+    description: dict[str, Any]
+    preprocessing: Preprocessing
+    model: Model
+
+
+def recipe(
+    model: torch.nn.Module,
+    preprocessing: Preprocessing,
+    composite: str | lrpfast.Composite = "epsilon_plus_flat",
+    precision: str | None = None,
+    backend: str = "auto",
+    categories: Iterable[str] = (),
+) -> Recipe:
+    """Make the recipe of a module in eval mode; images come to the device and dtype of its parameters.
+
+    Raises
+    ------
+    InputError
+        The model's output for a black image is not one vector of logits a sample.
+    LrpfastError
+        As `lrpfast.composites.get`.
+    """
+    ranged = isinstance(composite, str) and composites.needs_range(composite)
+    chosen = composites.get(composite, **({"low": preprocessing.low, "high": preprocessing.high} if ranged else {}))
+    device, dtype = _place(model)
+    outputs = count_outputs(model, black(preprocessing, dtype, device))
+    build = functools.partial(_build, model, preprocessing, chosen, precision, backend)
+    return Recipe(
+        build,
+        {"composite": describe(chosen), "precision": precision},
+        {"spec": type(model).__qualname__, "digest": digest(model.state_dict())},
+        preprocessing,
+        Model(tuple(categories), outputs),
+    )
+
+
+def black(preprocessing: Preprocessing, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return a black image as the model takes it: [1, C, H, W]."""
+    pixel = torch.tensor(preprocessing.low, dtype=dtype, device=device).view(1, -1, 1, 1)
+    return pixel.expand(1, preprocessing.channels, *preprocessing.size).contiguous()
+
+
+def count_outputs(model: Callable[..., Any], example: torch.Tensor) -> int:
+    """How many classes a model tells apart. Raises `InputError` where its output is no vector a sample."""
+    with torch.no_grad():
+        output = logits(model(example))
+    if output.dim() != 2 or output.shape[1] < 2:
+        raise InputError(f"the model returns {list(output.shape)} for one image; a screening needs logits [1, classes]")
+    return output.shape[1]
+
+
+def logits(output: Any) -> torch.Tensor:
+    """Return the one tensor that a model returned, be it within a dictionary or a tuple. Raises `InputError`."""
+    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    if len(leaves) != 1:
+        raise InputError(f"the model returns {len(leaves)} tensors; a screening needs one, the logits")
+    return leaves[0]
+
+
+def describe(composite: lrpfast.Composite) -> str:
+    """Say what a composite is in words that are the same in every process."""
+
+    def said(match: Any) -> str:
+        return getattr(match, "__qualname__", None) or str(match)
+
+    listed = [f"{said(match)}: {rule}" for match, rule in (*composite.first, *composite.rules)]
+    # A name alone says nothing of a rule's numbers.
+    return f"{composite.name} {hashlib.blake2b('; '.join(listed).encode(), digest_size=4).hexdigest()}"
+
+
+def digest(content: dict[str, Any] | ExportedProgram) -> str:
+    """Return a digest of tensors by name, of an exported program's also of its code; 32 hexadecimal digits."""
+    found = hashlib.blake2b(digest_size=16)
+    state = content
+    if isinstance(content, ExportedProgram):
+        found.update(str(content.graph_module.code).encode())
+        state = {**content.state_dict, **content.constants}
+    assert isinstance(state, dict)
+    for name in sorted(state):
+        tensor = state[name]
+        if isinstance(tensor, torch.Tensor):
+            found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            plain = tensor.detach().cpu().contiguous().reshape(-1)
+            found.update(plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+        else:
+            found.update(f"{name} {tensor!r}".encode())
+    return found.hexdigest()
+
+
+def _place(model: torch.nn.Module) -> tuple[torch.device, torch.dtype]:
+    like = next((t for t in model.state_dict().values() if t.is_floating_point()), torch.empty(0))
+    return like.device, like.dtype
+
+
+def _build(
+    model: torch.nn.Module,
+    preprocessing: Preprocessing,
+    composite: lrpfast.Composite,
+    precision: str | None,
+    backend: str,
+) -> Runnable:
+    device, dtype = _place(model)
+    example = black(preprocessing, dtype, device)
+    explainer = lrpfast.Explainer(model, example, composite=composite, precision=precision, backend=backend)
+    return Runnable(explainer, device, dtype)
