@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import subprocess
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "uint8": "*u8"}
 
 
@@ -40,6 +42,8 @@ class Variant:
         Whether it multiplies matrices, so that tensor-core instructions are asked for.
     usual
         Whether the default test suite compiles it.
+    capabilities
+        What it is used on.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Variant:
     odd: tuple[str, ...] = ()
     matrix: bool = False
     usual: bool = False
+    capabilities: tuple[int, ...] = (80, 90)
 
 
 def _elementwise() -> Iterator[Variant]:
@@ -119,51 +124,50 @@ def _products() -> Iterator[Variant]:
     three = {"KERNEL_H": 3, "KERNEL_W": 3, "PAD_H": 1, "PAD_W": 1}
     one = {"KERNEL_H": 1, "KERNEL_W": 1, "PAD_H": 0, "PAD_W": 0}
     same = {"STRIDE_H": 1, "STRIDE_W": 1, "DILATION_H": 1, "DILATION_W": 1, "LONG": False}
+    odd = ("height", "width", "out_height", "out_width")
     operands = {
         "plain": (None, None), "relu": (None, None), "add_relu": (1, None), "ratio": (1, 1), "message_ratio": (1, 1),
         "relevance": (1, None),
     }  # fmt: skip
-    for dtype, size in (("bfloat16", 2), ("float16", 2), ("float32", 4)):
+    for (dtype, size), capability in itertools.product(_SIZES.items(), (80, 90)):
         for shape, windows in (("1x1", one), ("3x3", three)):
+            common = {**same, **windows, "POINTWISE": shape == "1x1", "PRECISION": "tf32", "weight_in": 1}
             for epilogue, (first, second) in operands.items():
-                for tiling in tilings(10**6, 256, 256, size):
-                    given = {n: dtype for n in ("x", "weight", "bias", "out")}
+                for tiling in tilings(10**6, 256, 256, size, capability, (first or 0) + (second or 0)):
                     yield Variant(
                         f"{shape} {epilogue} {dtype} {tiling}", "matrix", "matrix_kernel",
-                        {**given, "first": dtype if first else None, "second": dtype if second else None,
-                         "modified_bias": None, "modified_out": None},
-                        {**same, **windows, "POINTWISE": shape == "1x1", "EPILOGUE": epilogue, "MODIFY": "as_is",
-                         "PRECISION": "tf32", "ROWS": tiling.rows, "COLUMNS": tiling.columns, "DEPTH": tiling.depth,
-                         "weight_in": 1},
-                        tiling.warps, tiling.stages, odd=("height", "width", "out_height", "out_width"), matrix=True,
-                        usual=dtype == "bfloat16" and epilogue in ("ratio",) and tiling.rows == tiling.columns == 128,
+                        {**{n: dtype for n in ("x", "weight", "bias", "out")}, "first": dtype if first else None,
+                         "second": dtype if second else None, "modified_bias": None, "modified_out": None},
+                        {**common, "EPILOGUE": epilogue, "MODIFY": "as_is", **_cut(tiling)}, tiling.warps, tiling.stages,
+                        odd, matrix=True, usual=dtype == "bfloat16" and epilogue == "ratio" and tiling[:2] == (64, 128),
+                        capabilities=(capability,),
                     )  # fmt: skip
-            for tiling in tilings(10**6, 256, 256, size, pair=True):
+            for tiling in tilings(10**6, 256, 256, size, capability, pair=True):
+                given = {n: dtype for n in ("x", "weight", "bias", "out", "modified_bias", "modified_out")}
                 yield Variant(
-                    f"{shape} pair {dtype} {tiling}", "matrix", "matrix_kernel",
-                    {**{n: dtype for n in ("x", "weight", "bias", "out", "modified_bias", "modified_out")}, "first": None,
-                     "second": None},
-                    {**same, **windows, "POINTWISE": shape == "1x1", "EPILOGUE": "relu", "MODIFY": "positive",
-                     "PRECISION": "tf32", "ROWS": tiling.rows, "COLUMNS": tiling.columns, "DEPTH": tiling.depth,
-                     "weight_in": 1},
-                    tiling.warps, tiling.stages, odd=("height", "width", "out_height", "out_width"), matrix=True,
-                    usual=dtype == "bfloat16" and shape == "1x1" and tiling.rows == 64,
+                    f"{shape} pair {dtype} {tiling}", "matrix", "matrix_kernel", {**given, "first": None, "second": None},
+                    {**common, "EPILOGUE": "relu", "MODIFY": "positive", **_cut(tiling)}, tiling.warps, tiling.stages, odd,
+                    matrix=True, usual=dtype == "bfloat16" and tiling[:2] == (64, 128), capabilities=(capability,),
                 )  # fmt: skip
+
+
+def _cut(tiling: Any) -> dict[str, int]:
+    return {"ROWS": tiling.rows, "COLUMNS": tiling.columns, "DEPTH": tiling.depth}
 
 
 def _kept() -> Iterator[Variant]:
     from lrpfast.ops.triton.matrix import kept_tiling
 
-    for dtype, size in (("bfloat16", 2), ("float16", 2), ("float32", 4)):
-        for channels in (64, 128, 256):
-            tiling = kept_tiling(10**6, channels, size)
-            yield Variant(
-                f"ratio_dgrad {channels} {dtype} {tiling}", "matrix", "ratio_dgrad_kernel",
-                {n: dtype for n in ("x", "weight", "bias", "carrier", "message", "out")},
-                {"ZERO_RULE": False, "PRECISION": "tf32", "LONG": False, "ROWS": tiling.rows, "COLUMNS": tiling.columns,
-                 "CHANNELS": tiling.depth},
-                tiling.warps, tiling.stages, matrix=True, usual=dtype == "bfloat16" and channels != 128,
-            )  # fmt: skip
+    for (dtype, size), channels, capability in itertools.product(_SIZES.items(), (64, 128, 256), (80, 90)):
+        tiling = kept_tiling(channels, size, capability)
+        yield Variant(
+            f"ratio_dgrad {channels} {dtype} {tiling}", "matrix", "ratio_dgrad_kernel",
+            {n: dtype for n in ("x", "weight", "bias", "carrier", "message", "out")},
+            {"ZERO_RULE": False, "PRECISION": "tf32", "ROWS": tiling.rows, "COLUMNS": tiling.columns,
+             "CHANNELS": tiling.depth},
+            tiling.warps, tiling.stages, matrix=True, usual=dtype == "bfloat16" and channels == 256,
+            capabilities=(capability,),
+        )  # fmt: skip
 
 
 def variants() -> list[Variant]:
@@ -256,7 +260,7 @@ def main() -> None:
     options = parser.parse_args()
     for variant in variants():
         wanted = any(n in variant.name for n in options.names) if options.names else variant.usual or options.all
-        for capability in options.capability if wanted else ():
+        for capability in set(options.capability) & set(variant.capabilities) if wanted else ():
             print(json.dumps(dataclasses.asdict(compiled(variant, capability))), flush=True)
 
 

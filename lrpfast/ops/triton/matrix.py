@@ -196,34 +196,61 @@ _INTERPRETED = Tiling(32, 32, 32, 4, 1)  # small: the interpreter's time goes by
 LARGEST_KEPT = 256  # input channels of which `ratio_dgrad` keeps a tile on chip
 
 
-def tilings(rows: int, outs: int, channels: int, element_size: int, pair: bool = False) -> list[Tiling]:
-    """The tilings worth timing for a product, the likeliest first.
+def tilings(
+    rows: int, outs: int, channels: int, element_size: int, capability: int = 90, operands: int = 0, pair: bool = False
+) -> list[Tiling]:
+    """The tilings worth timing for a product, the likeliest first; none of them spills registers.
 
-    `element_size` is that of an operand. Tiles no wider than the result, and as many loads in flight as shared memory holds.
+    Parameters
+    ----------
+    rows, outs, channels
+        Sizes of the result, and of the sum for one tap.
+    element_size
+        Bytes of an operand's element.
+    capability
+        The GPU's, as in sm_90. Before Hopper operands of a tensor-core instruction lie in registers, which two
+        accumulators leave less room for.
+    operands
+        Tiles that the epilogue reads.
+    pair
+        Whether the modified weight's product is made as well.
     """
     if INTERPRETED:
         return [_INTERPRETED]
     depth = 128 // element_size  # a row of 128 bytes: what the tensor cores' shared-memory layout swizzles
-    wide_result = 128 if outs > 64 else 64
-    shapes = [(128, wide_result, 8 if wide_result == 128 else 4), (64, wide_result, 4), (128, 64, 4), (64, 64, 4)]
-    if not pair and outs >= 256:
+    shapes = [(128, 128, 8), (64, 128, 8), (128, 64, 8), (64, 64, 8 if pair else 4)]
+    if capability < 90 and (pair or operands == 2):
+        shapes.remove((128, 128, 8))
+    if capability >= 90 and not pair and operands == 0 and outs >= 256:
         shapes.insert(1, (128, 256, 8))
+    if outs <= 64:
+        shapes = [s for s in shapes if s[1] <= 64]
     if rows <= 64:
-        shapes = [(64, wide_result, 4), (64, 32, 4), (32, 64, 4)]
+        shapes = [s for s in shapes if s[0] <= 64]
     found = []
     for tile_rows, columns, warps in shapes:
-        stages = max(2, min(4, 160 * 1024 // ((tile_rows + columns) * depth * element_size)))
+        stages = max(2, min(4, _SHARED // ((tile_rows + columns) * depth * element_size)))
         found.append(Tiling(tile_rows, columns, max(16, min(depth, triton.next_power_of_2(channels))), warps, stages))
-    return list(dict.fromkeys(found))
+    return found
 
 
-def kept_tiling(rows: int, channels: int, element_size: int) -> Tiling:
-    """The tiling of `ratio_dgrad`: its depth is all channels."""
-    width = max(16, triton.next_power_of_2(channels))
+_SHARED = 160 * 1024  # bytes of shared memory that the tiles in flight may take; an A100 has 163 KiB a block
+
+
+def kept_tiling(channels: int, element_size: int, capability: int = 90) -> Tiling:
+    """The tiling of `ratio_dgrad`: its depth is all channels, and no registers spill."""
+    depth = max(16, triton.next_power_of_2(channels))
     if INTERPRETED:
-        return Tiling(32, 32, width, 4, 1)
-    tall = 128 if width * element_size <= 512 and rows > 64 else 64
-    return Tiling(tall, 64 if width * element_size <= 512 else 32, width, 8 if tall == 128 else 4, 2)
+        return Tiling(32, 32, depth, 4, 1)
+    room = 2 if capability >= 90 else 1
+    size = depth * element_size
+    return Tiling(128 if size <= 256 * room else 64, 64 if size <= 128 * room else 32, depth, 8, 2)
+
+
+def capability_of(tensor: Tensor) -> int:
+    """The compute capability of a tensor's GPU, as in sm_90."""
+    major, minor = torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
+    return 10 * major + minor
 
 
 def precision(x: Tensor, dense: bool) -> str:
@@ -286,7 +313,9 @@ def _launch(
     batch, row_size = x.shape[:2]
     outs, channels = weight.shape[0] // groups, weight.shape[1]
     rows = batch * geometry.out_size[0] * geometry.out_size[1]
-    own = tiling or tilings(rows, outs, channels, x.element_size(), modified_out is not None)[0]
+    operands = (first is not None) + (second is not None)
+    pair = modified_out is not None
+    own = tiling or tilings(rows, outs, channels, x.element_size(), capability_of(x), operands, pair)[0]
     if not out.numel():
         return
     with on_device(x):
@@ -397,7 +426,7 @@ def ratio_dgrad(
         raise ValueError(f"ratio_dgrad: {channels} input channels are more than the {LARGEST_KEPT} that are kept on chip")
     out = torch.empty_like(images)
     rows = images.numel() // max(channels, 1)
-    own = tiling or kept_tiling(rows, channels, x.element_size())
+    own = tiling or kept_tiling(channels, x.element_size(), capability_of(x))
     if out.numel():
         with on_device(x):
             ratio_dgrad_kernel[(-(-rows // own.rows),)](
