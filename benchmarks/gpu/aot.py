@@ -133,7 +133,7 @@ def _products() -> Iterator[Variant]:
         for shape, windows in (("1x1", one), ("3x3", three)):
             common = {**same, **windows, "POINTWISE": shape == "1x1", "PRECISION": "tf32", "weight_in": 1}
             for epilogue, (first, second) in operands.items():
-                for tiling in tilings(10**6, 256, 256, size, capability, (first or 0) + (second or 0)):
+                for tiling in tilings(10**6, 256, 256, size, capability, epilogue):
                     yield Variant(
                         f"{shape} {epilogue} {dtype} {tiling}", "matrix", "matrix_kernel",
                         {**{n: dtype for n in ("x", "weight", "bias", "out")}, "first": dtype if first else None,

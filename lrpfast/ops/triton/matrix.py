@@ -197,8 +197,9 @@ LARGEST_KEPT = 256  # input channels of which `ratio_dgrad` keeps a tile on chip
 
 
 def tilings(
-    rows: int, outs: int, channels: int, element_size: int, capability: int = 90, operands: int = 0, pair: bool = False
-) -> list[Tiling]:
+    rows: int, outs: int, channels: int, element_size: int, capability: int = 90, epilogue: str = "plain",
+    pair: bool = False,
+) -> list[Tiling]:  # fmt: skip
     """The tilings worth timing for a product, the likeliest first; none of them spills registers.
 
     Parameters
@@ -210,8 +211,8 @@ def tilings(
     capability
         The GPU's, as in sm_90. Before Hopper operands of a tensor-core instruction lie in registers, which two
         accumulators leave less room for.
-    operands
-        Tiles that the epilogue reads.
+    epilogue
+        What it reads lies in registers beside the result.
     pair
         Whether the modified weight's product is made as well.
     """
@@ -219,9 +220,11 @@ def tilings(
         return [_INTERPRETED]
     depth = 128 // element_size  # a row of 128 bytes: what the tensor cores' shared-memory layout swizzles
     shapes = [(128, 128, 8), (64, 128, 8), (128, 64, 8), (64, 64, 8 if pair else 4)]
-    if capability < 90 and (pair or operands == 2):
+    if epilogue == "message_ratio":
+        shapes = shapes[2:]
+    if capability < 90 and (pair or epilogue in ("ratio", "zero_ratio")):
         shapes.remove((128, 128, 8))
-    if capability >= 90 and not pair and operands == 0 and outs >= 256:
+    if capability >= 90 and not pair and epilogue in ("plain", "relu") and outs >= 256:
         shapes.insert(1, (128, 256, 8))
     if outs <= 64:
         shapes = [s for s in shapes if s[1] <= 64]
@@ -313,9 +316,8 @@ def _launch(
     batch, row_size = x.shape[:2]
     outs, channels = weight.shape[0] // groups, weight.shape[1]
     rows = batch * geometry.out_size[0] * geometry.out_size[1]
-    operands = (first is not None) + (second is not None)
     pair = modified_out is not None
-    own = tiling or tilings(rows, outs, channels, x.element_size(), capability_of(x), operands, pair)[0]
+    own = tiling or tilings(rows, outs, channels, x.element_size(), capability_of(x), epilogue, pair)[0]
     if not out.numel():
         return
     with on_device(x):
