@@ -26,7 +26,7 @@ from lrpfast.composites import Composite, get
 from lrpfast.errors import CaptureError, InputError
 from lrpfast.explanation import Explanation
 from lrpfast.graph import Program
-from lrpfast.ops import native
+from lrpfast.ops import gpu, native
 from lrpfast.plan import Plan, StepTime, make_plan, step_time
 from lrpfast.relevance import Joint, Seed, default_seed, transform
 from lrpfast.runtime import Executor
@@ -104,7 +104,8 @@ class Explainer:
         None: the model's own dtype. "float32", "bfloat16", "float16": the program computes in this dtype, with
         denominators in float32 at least; maps and output come in the inputs' dtype.
     backend
-        "auto": the fastest operators on this machine; "torch": pure-torch reference operators; "native": the compiled ones.
+        "auto": the fastest operators for the inputs' device; "torch": pure-torch reference operators; "native": those compiled for
+        CPUs; "triton": those for NVIDIA GPUs.
     record
         Names of modules (globs) whose relevance is returned as well: that of the value which leaves the module.
     autotune
@@ -141,9 +142,9 @@ class Explainer:
         self._model = model
         self._composite = get(composite)
         self._precision = None if precision is None else _PRECISIONS[precision]
-        self._backend = _resolve_backend(backend)
+        self._backend = _check_backend(backend)
         self._record = tuple(record)
-        self._autotune = autotune and self._backend == "native"
+        self._autotune = autotune
         self._compiled: OrderedDict[tuple, Compiled] = OrderedDict()
         self._latest: Compiled | None = None
         self._lock = threading.Lock()
@@ -332,7 +333,9 @@ class Explainer:
                 )
         program = canonicalise(captured.program, self._precision)
         rules = assign(program, self._composite)
-        compiled = Compiled(program, captured.pack, rules, self._record, self._backend, self._autotune, fingerprint)
+        backend = _backend_on(inputs[0].device, self._backend)
+        autotune = self._autotune and (backend == "native" or (backend == "triton" and inputs[0].is_cuda))
+        compiled = Compiled(program, captured.pack, rules, self._record, backend, autotune, fingerprint)
         for node in compiled.joint(compiled.default_seed).program.inputs:
             _check_batch(node)
         return compiled
@@ -347,14 +350,26 @@ def _check_batch(node: fx.Node) -> None:
         )
 
 
-def _resolve_backend(backend: str) -> str:
-    if backend == "auto":
-        return "torch" if native.extension is None else "native"
+def _check_backend(backend: str) -> str:
+    """The backend asked for; raises an InputError where it is unknown, or not there."""
+    if backend not in ("auto", "torch", "native", "triton"):
+        raise InputError(f"backend must be 'auto', 'torch', 'native' or 'triton', got {backend!r}")
     if backend == "native" and native.extension is None:
         raise InputError(f"backend 'native' is not available: {native.why_unavailable}")
-    if backend not in ("torch", "native"):
-        raise InputError(f"backend must be 'auto', 'torch' or 'native', got {backend!r}")
+    if backend == "triton" and gpu.load()[0] is None:
+        raise InputError(f"backend 'triton' is not available: {gpu.load()[1]}")
     return backend
+
+
+def _backend_on(device: torch.device, backend: str) -> str:
+    """The backend for inputs on a device: "auto" is the fastest there."""
+    if backend == "triton" and not gpu.runs_on(device.type):
+        raise InputError(f"backend 'triton' runs on CUDA devices, the inputs are on {device}")
+    if backend != "auto":
+        return backend
+    if device.type == "cuda" and gpu.runs_on("cuda"):
+        return "triton"
+    return "native" if device.type == "cpu" and native.extension is not None else "torch"
 
 
 def _prepare(compiled: Compiled, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:

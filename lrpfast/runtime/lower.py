@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class Lowering:
         program: Program,
         nodes: list[fx.Node],
         keep: set[fx.Node],
-        backend: str,
+        kernels: ModuleType,
         convolutions: Convolutions,
     ) -> None:
         self.program = program
@@ -93,7 +94,8 @@ class Lowering:
         self.nodes = nodes
         self.liveness = Liveness(nodes, keep)
         self.keep = keep
-        self.kernels = native if backend == "native" else reference
+        self.kernels = kernels
+        self.fused = kernels is not reference  # whether there are kernels for what torch does in several passes
         self._computed: set[fx.Node] = set()  # by an earlier step, together with its operand
         self._postponed: set[fx.Node] = set()  # to the step that adds it to another value
 
@@ -142,20 +144,20 @@ class Lowering:
     # --- pooling ---
 
     def _lower_max_pool2d_with_indices(self, node: fx.Node) -> Step | None:
-        return Step(node, native.max_pool, tuple(node.args)) if self._compact(node) else None
+        return Step(node, self.kernels.max_pool, tuple(node.args)) if self._compact(node) else None
 
     def _lower_max_pool_dgrad(self, node: fx.Node) -> Step:
         pool = node.args[1].args[0]
         compact = operation_name(pool) == "max_pool2d_with_indices" and self._compact(pool)
-        return Step(node, native.max_pool_dgrad if compact else TRANSPOSES["max_pool_dgrad"][1], tuple(node.args))
+        return Step(node, self.kernels.max_pool_dgrad if compact else TRANSPOSES["max_pool_dgrad"][1], tuple(node.args))
 
     def _compact(self, pool: fx.Node) -> bool:
         """Whether a max pool keeps one byte a window. Who won is asked by its way back alone."""
         taps = pool.args[1][0] * pool.args[1][1]
-        return self.kernels is native and taps <= 256 and native.takes(value(pool)[0])
+        return self.fused and taps <= 256 and self.kernels.takes(value(pool)[0])
 
     def _lower_avg_pool_dgrad(self, node: fx.Node) -> Step:
-        function = native.avg_pool_dgrad if self.kernels is native else TRANSPOSES["avg_pool_dgrad"][1]
+        function = self.kernels.avg_pool_dgrad if self.fused else TRANSPOSES["avg_pool_dgrad"][1]
         return Step(node, function, tuple(node.args))
 
     # --- elementwise steps ---
@@ -205,7 +207,7 @@ class Lowering:
         """A choice by the sign of a value in one pass, without the mask."""
         condition, upper, lower = node.args
         by_sign = is_tensor(condition) and condition.target is aten.ge.Scalar and condition.args[1] == 0
-        if not by_sign or self.kernels is not native or self._only_user(condition) is not node:
+        if not by_sign or not self.fused or self._only_user(condition) is not node:
             return None
         x = condition.args[0]
         same = (
@@ -216,20 +218,20 @@ class Lowering:
             return None
         self._postponed.add(condition)
         out = next((t for t in (upper, lower) if self._writable(t, node)), None)
-        return Step(node, native.select_by_sign, (x, upper, lower, out))
+        return Step(node, self.kernels.select_by_sign, (x, upper, lower, out))
 
     def _lower_relu(self, node: fx.Node) -> Step | None:
         return Step(node, aten.relu_.default, node.args) if self._writable(node.args[0], node) else None
 
     def _lower_add(self, node: fx.Node) -> Step | None:
         a, b = node.args[:2]
-        if not _is_plain_sum(node) or a is b:
+        if not is_plain_sum(node) or a is b:
             return None
         relu = self._only_user(node)
         same = value(a).dtype == value(b).dtype and same_sizes(value(a).shape, value(b).shape)
-        if relu is not None and relu.target is aten.relu.default and self.kernels is native and same:
+        if relu is not None and relu.target is aten.relu.default and self.fused and same:
             self._computed.add(relu)
-            return Step(relu, native.add_relu, (a, b), note="with its sum")
+            return Step(relu, self.kernels.add_relu, (a, b), note="with its sum")
         for left, right in ((a, b), (b, a)):
             if self._writable(left, node) and is_tensor(right) and value(right).dtype == value(node).dtype:
                 return self._accumulated(node, left, right) or Step(node, aten.add_.Tensor, (left, right))
@@ -300,7 +302,7 @@ def _into_pair(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _is_plain_sum(node: fx.Node) -> bool:
+def is_plain_sum(node: fx.Node) -> bool:
     """Whether a node is the sum of two tensors."""
     tensors = node.target is aten.add.Tensor and all(is_tensor(a) for a in node.args[:2])
     return tensors and argument(node, 2, "alpha", 1) == 1

@@ -11,10 +11,11 @@ from torch import fx
 
 @dataclasses.dataclass
 class Step:
-    """One call: `node` is its result; `args` hold nodes, tensors and plain values."""
+    """One call: `node` is its result; `args` hold nodes, tensors and plain values. `also`: nodes of further results."""
 
     node: fx.Node
     function: Callable[..., Any]
     args: tuple
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     note: str = ""
+    also: tuple[fx.Node, ...] = ()
