@@ -186,6 +186,7 @@ class Compiled:
     local: int
     shared: int
     warps: int
+    matrix: bool
     instructions: dict[str, int]
 
 
@@ -214,7 +215,7 @@ def compiled(variant: Variant, capability: int) -> Compiled:
     counts = {name: len(re.findall(pattern, sass)) for name, pattern in _TELLING.items()}
     return Compiled(
         variant.name, capability, numbers["REG"], numbers["STACK"], numbers["LOCAL"], result.metadata.shared,
-        result.metadata.num_warps, counts,
+        result.metadata.num_warps, variant.matrix, counts,
     )  # fmt: skip
 
 
@@ -257,9 +258,11 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="parts of the names of variants; without, the usual ones")
     parser.add_argument("--capability", type=int, nargs="+", default=[80, 90])
     parser.add_argument("--all", action="store_true", help="every variant")
+    parser.add_argument("--dtype", default="", help="those of one dtype alone")
     options = parser.parse_args()
     for variant in variants():
         wanted = any(n in variant.name for n in options.names) if options.names else variant.usual or options.all
+        wanted = wanted and options.dtype in variant.name
         for capability in set(options.capability) & set(variant.capabilities) if wanted else ():
             print(json.dumps(dataclasses.asdict(compiled(variant, capability))), flush=True)
 

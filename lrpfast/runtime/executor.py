@@ -93,7 +93,8 @@ class Executor:
         scope = dict(self._names)
         exec(compile(self._source, "<joint program>", "exec"), scope)
         self._function: Callable[..., Run] = scope["run"]
-        in_parts = on_cpu and not _mixes_samples(joint)
+        self.samples_are_separate = not _mixes_samples(joint)
+        in_parts = on_cpu and self.samples_are_separate
         self._part = max(1, _PART_BYTES // max(1, _bytes_a_sample(lowering, steps))) if in_parts else None
 
     def chunks(self, batch: int) -> list[tuple[int, int]]:
