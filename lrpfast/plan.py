@@ -103,12 +103,14 @@ def step_time(step: Step, seconds: float, batch: int) -> StepTime:
     node = step.node
     name = operation_name(node) + (f" ({step.note})" if step.note else "")
     layer = node.args[0] if step.note.startswith("with its") and not _gmacs(node) else node
+    layers = step.computes or (layer,)
     touched: list[fx.Node] = []
     fx.map_arg((step.args, step.kwargs), touched.append)
-    tensors = [t for n in {*touched, node} for t in _tensors(n.meta.get("val"))]
+    tensors = [t for n in {*touched, node, *step.also} for t in _tensors(n.meta.get("val"))]
     tensors += [a for a in step.args if isinstance(a, torch.Tensor)]
     size = sum(math.prod(n if isinstance(n, int) else batch for n in t.shape) * t.element_size() for t in tensors)
-    return StepTime(node.meta.get("path", ""), name, seconds, 2e9 * batch * _gmacs(layer) * _within(layer), size)
+    flops = sum(2e9 * batch * _gmacs(n) * _within(n) for n in layers)
+    return StepTime(node.meta.get("path", ""), name, seconds, flops, size)
 
 
 def _within(node: fx.Node) -> float:

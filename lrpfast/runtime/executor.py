@@ -83,10 +83,10 @@ class Executor:
         on_cpu = all(i.meta["val"].device.type == "cpu" for i in self._inputs)
         if on_cpu:
             keep_freed_memory()
-        lowering, tuned = _lowering(joint, ordered, keep, backend, batch, tuner)
+        lowering, self.tuned = _lowering(joint, ordered, keep, backend, batch, tuner)
         steps = lowering.steps()
         self.steps = steps
-        self.choices = [] if tuner is None else _choices(tuned, tuner)
+        self.choices = [] if tuner is None else _choices(self.tuned, tuner)
         self._source, self._names = _generate(
             lowering, steps, segments, self._inputs, self._results, keep, repeated, timer
         )

@@ -33,7 +33,7 @@ from lrpfast.runtime.step import Step
 aten = torch.ops.aten
 
 
-_VIEWS = {
+VIEWS = {
     "reshape", "permute", "slice", "select", "expand", "squeeze", "unsqueeze", "transpose", "getitem", "view", "alias",
     "detach", "narrow", "flatten", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "constant_pad_nd",
 }  # fmt: skip
@@ -46,7 +46,7 @@ class Liveness:
         self.position = {n: i for i, n in enumerate(nodes)}
         self.root: dict[fx.Node, fx.Node] = {}
         for node in nodes:
-            is_view = node.op == "call_function" and operation_name(node) in _VIEWS and node.all_input_nodes
+            is_view = node.op == "call_function" and operation_name(node) in VIEWS and node.all_input_nodes
             self.root[node] = self.root.get(node.all_input_nodes[0], node.all_input_nodes[0]) if is_view else node
         last: dict[fx.Node, int] = {}
         for node in nodes:

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from lrpfast.graph import Program, is_tensor, operation_name, same_sizes, value
+from lrpfast.ops.transposes import TRANSPOSES
 from lrpfast.runtime.convolutions import Convolutions
 from lrpfast.runtime.lower import Lowering, is_plain_sum
 from lrpfast.runtime.products import Fused, Product, Products, product_of, static_channels
@@ -114,7 +115,7 @@ class GpuLowering(Lowering):
             and layer.is_pointwise
             and back.is_pointwise
             and layer.weight is back.weight
-            and static_channels(layer.x) <= self._largest_kept
+            and (static_channels(layer.x) <= self._largest_kept or self.products.is_single(layer))
             and self._only_user(denominator) is ratio
             and denominator not in others
             and self._alike(others, denominator)
@@ -125,11 +126,9 @@ class GpuLowering(Lowering):
 
     # --- steps ---
 
-    def _lower_convolution(self, node: fx.Node) -> Step | None:
+    def _lower_convolution(self, node: fx.Node) -> Step | None:  # type: ignore[override]
         product = self._product(node)
-        if product is None:
-            return super()._lower_convolution(node)
-        return self._lower_product(product)
+        return None if product is None else self._lower_product(product)
 
     def _lower_linear(self, node: fx.Node) -> Step | None:
         product = self._product(node)
@@ -138,9 +137,15 @@ class GpuLowering(Lowering):
     def _lower_matmul(self, node: fx.Node) -> Step | None:
         return self._lower_linear(node)
 
-    def _lower_conv_dgrad(self, node: fx.Node) -> Step | None:
+    def _lower_conv_dgrad(self, node: fx.Node) -> Step | None:  # type: ignore[override]
         product = self._product(node)
-        return super()._lower_conv_dgrad(node) if product is None else self._lower_product(product)
+        if product is not None:
+            return self._lower_product(product)
+        return Step(node, TRANSPOSES["conv_dgrad"][1], tuple(node.args), note="torch's backward")
+
+    def _accumulated(self, node: fx.Node, left: fx.Node, right: fx.Node) -> Step | None:
+        """Nothing: adding to what is there is oneDNN's."""
+        return None
 
     def _lower_product(self, product: Product) -> Step | None:
         node = product.node

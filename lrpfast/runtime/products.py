@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from lrpfast.graph import Constants, is_tensor, operation_name, rank, static_sizes, value
+from lrpfast.ops import cuda
 from lrpfast.ops.transposes import TRANSPOSES, fits_plain_convolution, flipped_weight
 from lrpfast.runtime.step import Step
 from lrpfast.runtime.tune import Tuner
@@ -169,16 +170,27 @@ class Products:
         both = (weight, self.weight(transpose))
         node = transpose.node
         operands = (product.x, bias, layer.first, layer.second)
+        computes = (product.node, node)
         ways = {
-            TORCH: Step(node, _in_two(_torch_pair), (*both, *operands, layer.eps), note="torch, in three"),
-            "two kernels": Step(node, _in_two(kernels.convolution), (*both, *operands, layer.eps), note="in two kernels"),
+            TORCH: Step(node, _in_two(_torch_pair), (*both, *operands, layer.eps), note="torch, in three", computes=computes),
+            "two kernels": Step(node, _in_two(kernels.convolution), (*both, *operands, layer.eps), note="in two kernels", computes=computes),
             "one kernel": Step(
                 node, kernels.ratio_dgrad, (product.x, weight, bias, layer.first, layer.second, layer.eps),
-                note="with its layer and ratio",
+                note="with its layer and ratio", computes=computes,
             ),
         }  # fmt: skip
+        if static_channels(product.x) > kernels.LARGEST_KEPT:
+            del ways["one kernel"]
+        if self.is_single(product):
+            args = (product.x, weight, bias, layer.first, layer.second, layer.eps)
+            ways["one read"] = Step(node, _one_read(ways["two kernels"].function, both[1]), args, note="in one read", computes=computes)
         key = self._key(node, [product.node, layer.first, layer.second], "ratio_dgrad")
-        return self._fastest(key, ways, [product.x, layer.first, layer.second], "one kernel")
+        return self._fastest(key, ways, [product.x, layer.first, layer.second], "one kernel" if "one kernel" in ways else TORCH)
+
+    def is_single(self, product: Product) -> bool:
+        """Whether a product is a dense layer of one sample that the CUDA kernels take."""
+        weight = self._constants[product.weight.target]
+        return self._batch == 1 and weight.dim() == 2 and cuda.takes_dense(weight[:1], weight)
 
     def pair_step(self, fused: Fused, other: Product, modification: tuple[str, float]) -> Step:
         """A layer and the same layer with its modified weight, from one load of both factors."""
@@ -187,7 +199,7 @@ class Products:
         return Step(
             fused.anchor, self._kernels.convolution_pair,
             (product.x, self.weight(product), product.bias, other.bias, *product.windows, modify, gamma, fused.epilogue),
-            note="with its modified weight's", also=(other.node,),
+            note="with its modified weight's", also=(other.node,), computes=(product.node, other.node),
         )  # fmt: skip
 
     def _ways(self, fused: Fused) -> dict[str, Step]:
@@ -196,13 +208,13 @@ class Products:
         function, args = self._torchs(product)
         rest = (fused.first, fused.second, fused.eps)
         ways = {
-            TORCH: Step(fused.anchor, _separately(function, fused.epilogue, kernels), (*rest, *args), note=shown),
+            TORCH: Step(fused.anchor, _separately(function, fused.epilogue, kernels), (*rest, *args), note=shown, computes=(product.node,)),
         }
         own = (product.x, self.weight(product), product.bias, *product.windows, fused.epilogue, *rest)
         for tiling in self._tilings(fused):
             name = "depthwise" if tiling is None else str(tiling)
             note = f"{shown}, {name}" if shown else name
-            ways[name] = Step(fused.anchor, functools.partial(kernels.convolution, tiling=tiling), own, note=note)
+            ways[name] = Step(fused.anchor, functools.partial(kernels.convolution, tiling=tiling), own, note=note, computes=(product.node,))
         return ways
 
     def _tilings(self, fused: Fused) -> list[Any]:
@@ -212,12 +224,8 @@ class Products:
         if groups > 1 and groups == weight.shape[0] and weight.shape[1] == 1:
             return [None]
         rows = self._batch * math.prod(int(n) for n in value(fused.product.node).shape[2:])
-        capability = matrix.capability_of(weight)
-        return list(
-            matrix.tilings(
-                rows, weight.shape[0] // groups, weight.shape[1], weight.element_size(), capability, fused.epilogue
-            )
-        )
+        sizes = (rows, weight.shape[0] // groups, weight.shape[1], weight.element_size())
+        return matrix.tilings(*sizes, matrix.capability_of(weight), fused.epilogue)
 
     def _torchs(self, product: Product) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
         """How torch computes a product: function and arguments."""
@@ -354,6 +362,19 @@ def _in_two(convolve: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
+def _one_read(otherwise: Callable[..., Tensor], transposed: Tensor) -> Callable[..., Tensor]:
+    """The CUDA kernel for one sample; programs made for one sample take other batches as well."""
+
+    def run(
+        x: Tensor, weight: Tensor, bias: Tensor | None, carrier: Tensor | None, message: Tensor, eps: float
+    ) -> Tensor:  # fmt: skip
+        if x.shape[0] == 1:
+            return cuda.dense_ratio_dgrad(x, weight, bias, carrier, message, eps)
+        return otherwise(weight, transposed, x, bias, carrier, message, eps)
+
+    return run
+
+
 def _torch_pair(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int, epilogue: str,
     carrier: Tensor | None = None, message: Tensor | None = None, eps: float = 0.0,
@@ -361,7 +382,7 @@ def _torch_pair(
     """`convolution` of the kernels, of a 1 x 1 layer, by torch and the elementwise kernel."""
     from lrpfast.ops import triton
 
-    z = torch.nn.functional.conv2d(x, weight, bias)
+    z = torch.nn.functional.linear(x, weight, bias) if x.dim() == 2 else torch.nn.functional.conv2d(x, weight, bias)
     return z if message is None else triton.ratio(carrier, _like(message, z), z, eps, z)
 
 

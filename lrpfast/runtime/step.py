@@ -11,7 +11,8 @@ from torch import fx
 
 @dataclasses.dataclass
 class Step:
-    """One call: `node` is its result; `args` hold nodes, tensors and plain values. `also`: nodes of further results."""
+    """One call: `node` is its result; `args` hold nodes, tensors and plain values. `also`: nodes of further results; `computes`: where several
+    nodes are computed at once, the products among them."""
 
     node: fx.Node
     function: Callable[..., Any]
@@ -19,3 +20,4 @@ class Step:
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     note: str = ""
     also: tuple[fx.Node, ...] = ()
+    computes: tuple[fx.Node, ...] = ()

@@ -216,8 +216,6 @@ def tilings(
     pair
         Whether the modified weight's product is made as well.
     """
-    if INTERPRETED:
-        return [_INTERPRETED]
     depth = 128 // element_size  # a row of 128 bytes: what the tensor cores' shared-memory layout swizzles
     shapes = [(128, 128, 8), (64, 128, 8), (128, 64, 8), (64, 64, 8 if pair else 4)]
     if epilogue == "message_ratio":
@@ -243,8 +241,6 @@ _SHARED = 160 * 1024  # bytes of shared memory that the tiles in flight may take
 def kept_tiling(channels: int, element_size: int, capability: int = 90) -> Tiling:
     """The tiling of `ratio_dgrad`: its depth is all channels, and no registers spill."""
     depth = max(16, triton.next_power_of_2(channels))
-    if INTERPRETED:
-        return Tiling(32, 32, depth, 4, 1)
     room = 2 if capability >= 90 else 1
     size = depth * element_size
     return Tiling(128 if size <= 256 * room else 64, 64 if size <= 128 * room else 32, depth, 8, 2)
@@ -317,7 +313,8 @@ def _launch(
     outs, channels = weight.shape[0] // groups, weight.shape[1]
     rows = batch * geometry.out_size[0] * geometry.out_size[1]
     pair = modified_out is not None
-    own = tiling or tilings(rows, outs, channels, x.element_size(), capability_of(x), epilogue, pair)[0]
+    usual = tilings(rows, outs, channels, x.element_size(), capability_of(x), epilogue, pair)[0]
+    own = _INTERPRETED if INTERPRETED else tiling or usual
     if not out.numel():
         return
     with on_device(x):
@@ -429,6 +426,8 @@ def ratio_dgrad(
     out = torch.empty_like(images)
     rows = images.numel() // max(channels, 1)
     own = tiling or kept_tiling(channels, x.element_size(), capability_of(x))
+    if INTERPRETED:
+        own = _INTERPRETED._replace(depth=own.depth)
     if out.numel():
         with on_device(x):
             ratio_dgrad_kernel[(-(-rows // own.rows),)](
