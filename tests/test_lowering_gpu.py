@@ -129,12 +129,16 @@ def test_what_is_fused() -> None:
     assert functions.count(kernels.ratio_dgrad) == 3  # a, c and last
     epsilon = lrpfast.Explainer(Bottleneck().eval().to(DEVICE), x, "epsilon", backend="triton")
     assert "with the next ratio" in " | ".join(notes_of(epsilon))
-    assert len(steps_of(plus)) < len(steps_of(lrpfast.Explainer(Bottleneck().eval(), x.cpu(), "epsilon_plus", backend="torch")))
+    assert len(steps_of(plus)) < len(
+        steps_of(lrpfast.Explainer(Bottleneck().eval(), x.cpu(), "epsilon_plus", backend="torch"))
+    )
 
 
 def test_inner_values_that_are_asked_for_are_not_absorbed() -> None:
     x = torch.randn(2, 3, 9, 11).to(DEVICE)
-    explainer = lrpfast.Explainer(Bottleneck().eval().to(DEVICE), x, "epsilon_plus", backend="triton", record=("a", "b"))
+    explainer = lrpfast.Explainer(
+        Bottleneck().eval().to(DEVICE), x, "epsilon_plus", backend="triton", record=("a", "b")
+    )
     found = explainer(x).layers
     assert found.keys() == {"a", "b"} and all(bool(torch.isfinite(t).all()) for t in found.values())
 

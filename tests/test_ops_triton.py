@@ -13,7 +13,17 @@ from torch import Tensor
 
 from lrpfast.ops import reference, transposes
 from tests.test_ops_pooling import Geometry, as_indices, geometries, integers
-from tests.test_ops_values import EPS, LAYOUTS, PAIRS, exact_pair, exact_ratio, pair_of, pair_operands, plain_pair, torch_ratio
+from tests.test_ops_values import (
+    EPS,
+    LAYOUTS,
+    PAIRS,
+    exact_pair,
+    exact_ratio,
+    pair_of,
+    pair_operands,
+    plain_pair,
+    torch_ratio,
+)
 from tests.triton_kernels import DEVICE, DTYPES, draw, kernels, needs_triton, poisoned_memory  # noqa: F401
 from tests.triton_kernels import assert_as_exact_as_torch as close
 
@@ -74,7 +84,9 @@ def test_dense_layouts_run_in_triton(alone, layout: str, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("carrier_dtype", [None, *DTYPES])
 @pytest.mark.parametrize("denominator_dtype", DTYPES)
-def test_ratio_mixes_dtypes_and_rounds_once(alone, denominator_dtype: torch.dtype, carrier_dtype: torch.dtype | None) -> None:
+def test_ratio_mixes_dtypes_and_rounds_once(
+    alone, denominator_dtype: torch.dtype, carrier_dtype: torch.dtype | None
+) -> None:
     shape = (2, 16, 5, 7)
     carrier = None if carrier_dtype is None else draw(shape, 1, carrier_dtype)
     message, denominator = draw(shape, 2, torch.bfloat16), draw(shape, 3, denominator_dtype)
@@ -213,7 +225,9 @@ def test_max_pool_of_special_values() -> None:
     divisor=st.sampled_from([None, 3]),
 )  # fmt: skip
 @settings(max_examples=15)
-def test_avg_pool_dgrad(dtype: torch.dtype, geometry: Geometry, channels: int, include: bool, divisor: int | None) -> None:
+def test_avg_pool_dgrad(
+    dtype: torch.dtype, geometry: Geometry, channels: int, include: bool, divisor: int | None
+) -> None:
     size, kernel, stride, padding, _, ceil = geometry
     x = torch.ones((2, channels, *size), dtype=torch.float64, requires_grad=True)
     y = F.avg_pool2d(x, kernel, stride, padding, ceil, include, divisor)

@@ -176,7 +176,9 @@ def test_transposes_of_stride_one_are_convolutions_with_flipped_weights(layer: s
     s = draw(shape, 6, dtype)
     arguments = (list(own.size), list(own.stride), list(own.padding), list(own.dilation), own.groups)
     inverse = [d * (k - 1) - p for d, k, p in zip(own.dilation, own.kernel, own.padding, strict=True)]
-    found = kernels.convolution(s, flipped_weight(weight, own.groups), None, own.stride, inverse, own.dilation, own.groups)
+    found = kernels.convolution(
+        s, flipped_weight(weight, own.groups), None, own.stride, inverse, own.dilation, own.groups
+    )
     close(
         found, portable_conv_dgrad(s, weight, *arguments), portable_conv_dgrad(s.double(), weight.double(), *arguments)
     )
@@ -214,7 +216,9 @@ def test_views_are_read_as_they_are() -> None:
     assert torch.equal(kernels.convolution(wide, weight, bias, epilogue="add_relu", first=message), expected)
     every_other = torch.stack([weight, weight], -1).flatten(3)[..., ::2]
     assert torch.equal(kernels.convolution(x, every_other, bias, epilogue="add_relu", first=message), expected)
-    assert error(kernels.convolution(expected, weight.transpose(0, 1), None), F.conv_transpose2d(expected, weight)) < 1e-6
+    assert (
+        error(kernels.convolution(expected, weight.transpose(0, 1), None), F.conv_transpose2d(expected, weight)) < 1e-6
+    )
 
 
 @pytest.mark.parametrize("capability", [80, 90])

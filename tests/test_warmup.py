@@ -214,7 +214,9 @@ def test_parts_after_one_that_did_not_fit_are_cut_at_once() -> None:
 
 
 def test_what_cannot_be_split_says_so() -> None:
-    with pytest.raises(MemoryLimitError, match="explaining one sample takes more memory .* no smaller batch is possible"):
+    with pytest.raises(
+        MemoryLimitError, match="explaining one sample takes more memory .* no smaller batch is possible"
+    ):
         run_parts(fits(0, []), [(0, 2)])
     with pytest.raises(MemoryLimitError, match="explaining a batch of 4 takes more memory"):
         run_parts(fits(2, []), [(0, 4)], divisible=False)

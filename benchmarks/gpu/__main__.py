@@ -52,10 +52,17 @@ def aot(options: argparse.Namespace) -> list[dict[str, Any]]:
     """What the usual variants are compiled to."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu.aot"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "benchmarks.gpu.aot"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     found = [json.loads(line) for line in run.stdout.splitlines()]
-    print("| kernel | sm | registers | spills | shared | wgmma | 16-byte loads |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print(
+        "| kernel | sm | registers | spills | shared | wgmma | 16-byte loads |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
+    )
     for kernel in found:
         count = kernel["instructions"]
         print(
@@ -72,7 +79,9 @@ def model(options: argparse.Namespace) -> list[dict[str, Any]]:
         rows = layers.predicted(floors.steps(network, options.batch, composite, "bfloat16"), H100, "bfloat16")
         print(f"\n{network}, batch {options.batch}, {composite}, bfloat16, {H100.name}; microseconds\n")
         print(layers.table(rows, "a GPU"))
-        results.append({"model": network, "composite": composite, "batch": options.batch, **layers.summary(rows, options.batch)})
+        results.append(
+            {"model": network, "composite": composite, "batch": options.batch, **layers.summary(rows, options.batch)}
+        )
         print({key: round(value, 3) if isinstance(value, float) else value for key, value in results[-1].items()})
     return results
 
@@ -136,7 +145,9 @@ SECTIONS: dict[str, tuple[Callable[[argparse.Namespace], Any], bool]] = {  # wha
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--section", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rows", type=int, default=len(PREDICTED), help="of `model`, the first so many networks")

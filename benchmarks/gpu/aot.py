@@ -66,11 +66,11 @@ def _elementwise() -> Iterator[Variant]:
         rows = {"CARRIER_ROW": False, "DENOMINATOR_ROW": False, "ZERO_RULE": False, **flat}
         yield Variant(
             f"ratio {dtype}", "elementwise", "ratio_kernel",
-            {"carrier": dtype, "message_a": dtype, "message_b": None, "denominator": dtype, "out": dtype}, rows, usual=True,
+            {"carrier": dtype, "message_a": dtype, "message_b": None, "denominator": dtype, "out": dtype}, rows, usual=dtype != "float16",
         )  # fmt: skip
         yield Variant(
             f"ratio_sum {dtype}", "elementwise", "ratio_kernel",
-            {n: dtype for n in ("carrier", "message_a", "message_b", "denominator", "out")}, rows, usual=usual,
+            {n: dtype for n in ("carrier", "message_a", "message_b", "denominator", "out")}, rows,
         )  # fmt: skip
         yield Variant(
             f"ratio with one row {dtype}", "elementwise", "ratio_kernel",
@@ -91,7 +91,12 @@ def _elementwise() -> Iterator[Variant]:
             {n: dtype for n in ("x", "upper", "lower", "out")}, flat,
         )  # fmt: skip
         yield Variant(
-            f"add_relu {dtype}", "elementwise", "add_relu_kernel", {n: dtype for n in ("a", "b", "out")}, flat, usual=usual
+            f"add_relu {dtype}",
+            "elementwise",
+            "add_relu_kernel",
+            {n: dtype for n in ("a", "b", "out")},
+            flat,
+            usual=usual,
         )
         yield Variant(
             f"channel_sum {dtype}", "sums", "channel_sum_kernel", {n: dtype for n in ("carrier", "message", "out")},
@@ -102,7 +107,7 @@ def _elementwise() -> Iterator[Variant]:
         }  # fmt: skip
         yield Variant(
             f"max_pool {dtype}", "pooling", "max_pool_kernel", {"x": dtype, "y": dtype, "winners": "uint8"},
-            {**window, "PLACES": 16, "CHANNELS": 64}, usual=usual, odd=("height", "width", "out_height", "out_width"),
+            {**window, "PLACES": 16, "CHANNELS": 64}, odd=("height", "width", "out_height", "out_width"),
         )  # fmt: skip
         for kind, winners in (("max", "uint8"), ("avg", None)):
             yield Variant(
@@ -130,6 +135,7 @@ def _products() -> Iterator[Variant]:
         "relevance": (1, None),
     }  # fmt: skip
     for (dtype, size), capability in itertools.product(_SIZES.items(), (80, 90)):
+        usual = capability == 90 and dtype == "bfloat16"
         for shape, windows in (("1x1", one), ("3x3", three)):
             common = {**same, **windows, "POINTWISE": shape == "1x1", "PRECISION": "tf32", "weight_in": 1}
             for epilogue, (first, second) in operands.items():
@@ -139,7 +145,7 @@ def _products() -> Iterator[Variant]:
                         {**{n: dtype for n in ("x", "weight", "bias", "out")}, "first": dtype if first else None,
                          "second": dtype if second else None, "modified_bias": None, "modified_out": None},
                         {**common, "EPILOGUE": epilogue, "MODIFY": "as_is", **_cut(tiling)}, tiling.warps, tiling.stages,
-                        odd, matrix=True, usual=dtype == "bfloat16" and epilogue == "ratio" and tiling[:2] == (64, 128),
+                        odd, matrix=True, usual=usual and epilogue == "ratio" and tiling[:2] == (64, 128),
                         capabilities=(capability,),
                     )  # fmt: skip
             for tiling in tilings(10**6, 256, 256, size, capability, pair=True):
@@ -147,7 +153,7 @@ def _products() -> Iterator[Variant]:
                 yield Variant(
                     f"{shape} pair {dtype} {tiling}", "matrix", "matrix_kernel", {**given, "first": None, "second": None},
                     {**common, "EPILOGUE": "relu", "MODIFY": "positive", **_cut(tiling)}, tiling.warps, tiling.stages, odd,
-                    matrix=True, usual=dtype == "bfloat16" and tiling[:2] == (64, 128), capabilities=(capability,),
+                    matrix=True, usual=usual and shape == "1x1" and tiling[:2] == (64, 128), capabilities=(capability,),
                 )  # fmt: skip
 
 
@@ -204,7 +210,9 @@ def compiled(variant: Variant, capability: int) -> Compiled:
 
     source = _source(variant, ASTSource)
     result = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": variant.warps, "num_stages": variant.stages}
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": variant.warps, "num_stages": variant.stages},
     )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -234,7 +242,9 @@ def _source(variant: Variant, source: Any) -> Any:
             constants.setdefault(name, None)
             continue
         floating = name in ("eps", "gamma", "alpha", "beta")
-        signature[name] = _POINTER[variant.pointers[name]] if name in variant.pointers else "fp32" if floating else "i32"
+        signature[name] = (
+            _POINTER[variant.pointers[name]] if name in variant.pointers else "fp32" if floating else "i32"
+        )
         if not floating and name not in variant.odd:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return source(kernel, signature, constants, attributes)

@@ -35,7 +35,9 @@ def measured(network: str, batch: int, composite: str, precision: str, gpu: Gpu)
 
     work = peers.workload(network, batch)
     model, inputs = work.model.cuda(), work.inputs.cuda()
-    explainer = lrpfast.Explainer(model, None, peers.composite(composite), precision=precision, backend="triton", autotune=False)
+    explainer = lrpfast.Explainer(
+        model, None, peers.composite(composite), precision=precision, backend="triton", autotune=False
+    )
     compiled = explainer._compile((inputs,))
     tuner = Tuner(device=inputs.device)
     executor = Executor(compiled.joint(compiled.default_seed), "triton", False, batch, tuner)

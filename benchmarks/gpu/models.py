@@ -28,7 +28,13 @@ def throughput(seconds: float, batch: int = 64) -> Iterator[dict[str, Any]]:
         variants = _variants(network, composite, batch)
         times = _interleaved(variants, seconds / len(ROWS))
         rates = {name: batch / statistics.median(taken) for name, taken in times.items()}
-        yield {"model": network, "composite": composite, "batch": batch, "images_per_second": rates, "rounds": _rounds(times)}
+        yield {
+            "model": network,
+            "composite": composite,
+            "batch": batch,
+            "images_per_second": rates,
+            "rounds": _rounds(times),
+        }
 
 
 def latency(calls: int = 300) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """A static model of a step's time: what the kernels' tiles make of the floor. A prediction, to be confronted with a measurement.
 
-A product's tiles are computed in waves, as many at a time as the multiprocessors hold; the last wave is as long as the others however few
-tiles are in it, and a tile that is not full takes as long as one that is. All else is bound by memory. What cannot be derived is assumed:
-a matrix kernel sustains 70% of the tensor cores' rate, memory gives 85% of its bandwidth (both what the project asks of its kernels), and a kernel
-takes 2 µs to begin and end in a CUDA graph.
+A product's tiles are computed in waves, as many at a time as the multiprocessors hold; the last wave is as long as the others
+however few tiles are in it, and a tile that is not full takes as long as one that is. All else is bound by memory. What cannot be
+derived is assumed: a matrix kernel sustains 70% of the tensor cores' rate, memory gives 85% of its bandwidth (both what the project asks of
+its kernels), and a kernel takes 2 µs to begin and end in a CUDA graph.
 """
 
 from __future__ import annotations

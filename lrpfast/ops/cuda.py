@@ -32,9 +32,7 @@ def takes_dense(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def dense_pair(
-    x: Tensor, weight: Tensor, bias: Tensor | None, positive_bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def dense_pair(x: Tensor, weight: Tensor, bias: Tensor | None, positive_bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """`(Wx + b, W⁺x + b⁺)` for `x` `[1, I]`, from one read of `weight` `[O, I]`."""
     assert extension is not None
     x = x.contiguous()

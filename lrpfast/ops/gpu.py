@@ -11,7 +11,10 @@ def load() -> tuple[ModuleType | None, str]:
         from . import triton
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "triton"
-        return None, "Triton is not installed: pip install lrpfast[gpu]" if missing else f"Triton does not load: {error}"
+        return (
+            None,
+            "Triton is not installed: pip install lrpfast[gpu]" if missing else f"Triton does not load: {error}",
+        )
     return triton, ""
 
 

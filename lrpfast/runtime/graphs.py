@@ -1,11 +1,11 @@
 """Replay: whole explanations recorded for a few sizes of batch, so that nothing but kernels runs between input and map.
 
-At batch 1 a GPU finishes a kernel faster than Python starts the next one. Recorded once as a CUDA graph, all kernels of an explanation start
-with one call, on memory that was set aside: no allocation, no synchronisation, no Python in between. A batch between two recorded sizes
-is padded to the next by repeating its last sample, which no other sample's map depends on.
+At batch 1 a GPU finishes a kernel faster than Python starts the next one. Recorded once as a CUDA graph, all kernels of an
+explanation start with one call, on memory that was set aside: no allocation, no synchronisation, no Python in between. A batch between
+two recorded sizes is padded to the next by repeating its last sample, which no other sample's map depends on.
 
-What is recorded is one function of static inputs; how it is recorded is the `Recorder`'s business, so that padding, choosing and locking are
-the same on every device, and are tested where there is no GPU.
+What is recorded is one function of static inputs; how it is recorded is the `Recorder`'s business, so that padding, choosing and
+locking are the same on every device, and are tested where there is no GPU.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Replay:
     def size_for(self, batch: int) -> int | None:
         """The smallest recorded size that holds a batch; None where none does, or the batch is empty."""
         place = bisect.bisect_left(self.sizes, batch)
-        return self.sizes[place] if 0 < batch and place < len(self.sizes) else None
+        return self.sizes[place] if batch > 0 and place < len(self.sizes) else None
 
     def __call__(self, inputs: Tensors, target: Tensor) -> Tensors:
         """Output and relevances of a batch that `size_for` has a size for.

@@ -118,13 +118,13 @@ class Lowering:
 
     # --- layers ---
 
-    def _lower_convolution(self, node: fx.Node) -> Step:
+    def _lower_convolution(self, node: fx.Node) -> Step | None:
         step = self.convolutions.forward(node, self._only_user(node))
         if step.node is not node:
             self._computed.add(step.node)
         return step
 
-    def _lower_conv_dgrad(self, node: fx.Node) -> Step:
+    def _lower_conv_dgrad(self, node: fx.Node) -> Step | None:
         return self.convolutions.dgrad(node)
 
     def _only_user(self, node: fx.Node) -> fx.Node | None:
@@ -175,7 +175,7 @@ class Lowering:
             and self.liveness.dies_at(candidate, user)
         )
 
-    def _lower_ratio(self, node: fx.Node) -> Step:
+    def _lower_ratio(self, node: fx.Node) -> Step | None:
         carrier, message, denominator, eps = node.args
         if self._writable(message, node):
             return Step(node, self.kernels.ratio, (carrier, message, denominator, eps, message))

@@ -82,14 +82,19 @@ class GpuLowering(Lowering):
         if other is product.node or not self._alike([other], product.node):
             return None
         position = self.liveness.position
-        if self._product(other) is not None and self._only_user(other) is user and position[other] > position[product.node]:
+        if (
+            self._product(other) is not None
+            and self._only_user(other) is user
+            and position[other] > position[product.node]
+        ):
             return None  # the later of two products absorbs the sum
         return Fused(product, "add_relu", relu, other)
 
     def _alike(self, others: list[fx.Node], node: fx.Node) -> bool:
         """Whether operands have a result's shape, and a dtype that the kernels take."""
         return all(
-            is_tensor(t) and same_sizes(value(t).shape, value(node).shape) and self.kernels.takes(value(t)) for t in others
+            is_tensor(t) and same_sizes(value(t).shape, value(node).shape) and self.kernels.takes(value(t))
+            for t in others
         )
 
     def _still_holds(self, operand: fx.Node, user: fx.Node, later: fx.Node) -> bool:
@@ -126,7 +131,7 @@ class GpuLowering(Lowering):
 
     # --- steps ---
 
-    def _lower_convolution(self, node: fx.Node) -> Step | None:  # type: ignore[override]
+    def _lower_convolution(self, node: fx.Node) -> Step | None:
         product = self._product(node)
         return None if product is None else self._lower_product(product)
 
@@ -137,7 +142,7 @@ class GpuLowering(Lowering):
     def _lower_matmul(self, node: fx.Node) -> Step | None:
         return self._lower_linear(node)
 
-    def _lower_conv_dgrad(self, node: fx.Node) -> Step | None:  # type: ignore[override]
+    def _lower_conv_dgrad(self, node: fx.Node) -> Step | None:
         product = self._product(node)
         if product is not None:
             return self._lower_product(product)

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -171,9 +171,10 @@ class Products:
         node = transpose.node
         operands = (product.x, bias, layer.first, layer.second)
         computes = (product.node, node)
+        args = (*both, *operands, layer.eps)
         ways = {
-            TORCH: Step(node, _in_two(_torch_pair), (*both, *operands, layer.eps), note="torch, in three", computes=computes),
-            "two kernels": Step(node, _in_two(kernels.convolution), (*both, *operands, layer.eps), note="in two kernels", computes=computes),
+            TORCH: Step(node, _in_two(_torch_pair), args, note="torch, in three", computes=computes),
+            "two kernels": Step(node, _in_two(kernels.convolution), args, note="in two kernels", computes=computes),
             "one kernel": Step(
                 node, kernels.ratio_dgrad, (product.x, weight, bias, layer.first, layer.second, layer.eps),
                 note="with its layer and ratio", computes=computes,
@@ -182,10 +183,14 @@ class Products:
         if static_channels(product.x) > kernels.LARGEST_KEPT:
             del ways["one kernel"]
         if self.is_single(product):
-            args = (product.x, weight, bias, layer.first, layer.second, layer.eps)
-            ways["one read"] = Step(node, _one_read(ways["two kernels"].function, both[1]), args, note="in one read", computes=computes)
+            run = _one_read(ways["two kernels"].function, both[1])
+            ways["one read"] = Step(
+                node, run, (product.x, weight, bias, layer.first, layer.second, layer.eps), note="in one read", computes=computes
+            )  # fmt: skip
         key = self._key(node, [product.node, layer.first, layer.second], "ratio_dgrad")
-        return self._fastest(key, ways, [product.x, layer.first, layer.second], "one kernel" if "one kernel" in ways else TORCH)
+        return self._fastest(
+            key, ways, [product.x, layer.first, layer.second], "one kernel" if "one kernel" in ways else TORCH
+        )
 
     def is_single(self, product: Product) -> bool:
         """Whether a product is a dense layer of one sample that the CUDA kernels take."""
@@ -208,13 +213,25 @@ class Products:
         function, args = self._torchs(product)
         rest = (fused.first, fused.second, fused.eps)
         ways = {
-            TORCH: Step(fused.anchor, _separately(function, fused.epilogue, kernels), (*rest, *args), note=shown, computes=(product.node,)),
+            TORCH: Step(
+                fused.anchor,
+                _separately(function, fused.epilogue, kernels),
+                (*rest, *args),
+                note=shown,
+                computes=(product.node,),
+            ),
         }
         own = (product.x, self.weight(product), product.bias, *product.windows, fused.epilogue, *rest)
         for tiling in self._tilings(fused):
             name = "depthwise" if tiling is None else str(tiling)
             note = f"{shown}, {name}" if shown else name
-            ways[name] = Step(fused.anchor, functools.partial(kernels.convolution, tiling=tiling), own, note=note, computes=(product.node,))
+            ways[name] = Step(
+                fused.anchor,
+                functools.partial(kernels.convolution, tiling=tiling),
+                own,
+                note=note,
+                computes=(product.node,),
+            )
         return ways
 
     def _tilings(self, fused: Fused) -> list[Any]:
@@ -294,7 +311,7 @@ class Products:
         return right_ones(calls, call(ways[TORCH], torch.float64))
 
 
-def right_ones(calls: dict[str, Callable[[], Tensor]], exact: Tensor) -> dict[str, Callable[[], Tensor]]:
+def right_ones(calls: Mapping[str, Callable[[], Tensor]], exact: Tensor) -> dict[str, Callable[[], Tensor]]:
     """Those of some ways, the first of which is torch's own, whose error is at most twice that of the first.
 
     A kernel that does not compile, or needs more than the GPU has, is left out as well.

@@ -11,8 +11,10 @@ from torch import fx
 
 @dataclasses.dataclass
 class Step:
-    """One call: `node` is its result; `args` hold nodes, tensors and plain values. `also`: nodes of further results; `computes`: where several
-    nodes are computed at once, the products among them."""
+    """One call: `node` is its result; `args` hold nodes, tensors and plain values.
+
+    `also` are the nodes of further results; `computes`, where a step does more than its node, the products within it.
+    """
 
     node: fx.Node
     function: Callable[..., Any]

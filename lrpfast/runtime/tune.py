@@ -15,7 +15,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Tuner:
         self._new: dict[str, dict[str, Any]] = {}
         self.choices: dict[str, dict[str, Any]] = {}
 
-    def choose(self, key: str, ways: Callable[[], dict[str, Callable[[], object]]]) -> str:
+    def choose(self, key: str, ways: Callable[[], Mapping[str, Callable[[], object]]]) -> str:
         """The name of the fastest of some ways; they are made and timed where the choice is not known.
 
         Parameters
@@ -91,7 +91,7 @@ class Tuner:
         self._new = {}
 
 
-def _time(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+def _time(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     """Median seconds of each, interleaved."""
     for call in calls.values():
         call()
@@ -104,7 +104,7 @@ def _time(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def _time_on(device: torch.device, calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+def _time_on(device: torch.device, calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     """Median seconds of each on a GPU, interleaved, by events on its stream; the level-2 cache is overwritten before each."""
     flush = torch.empty(_L2_BYTES, dtype=torch.uint8, device=device)
     for call in calls.values():

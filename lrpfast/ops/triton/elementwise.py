@@ -13,7 +13,7 @@ from torch import Tensor
 from lrpfast.ops import reference
 from lrpfast.ops.layouts import ratio_layout, same_layout
 
-from .language import blocks, jit, on_device, quotient, rectified, stabilised, take, wide
+from .language import blocks, jit, on_device, quotient, rectified, take, wide
 
 _BLOCK = 1024
 
@@ -71,10 +71,7 @@ def alpha_beta_pair_kernel(  # type: ignore[no-untyped-def]
     if carrier is not None:
         y = wide(tl.load(carrier + start + within, inside, other=0.0))
         relevance *= y
-    if z_plus is None:
-        plus = y - minus
-    else:
-        plus = wide(tl.load(z_plus + start + within, inside, other=1.0))
+    plus = y - minus if z_plus is None else wide(tl.load(z_plus + start + within, inside, other=1.0))
     s_plus = alpha * quotient(None, relevance, plus, eps, ZERO_RULE)
     s_minus = -beta * quotient(None, relevance, minus, eps, ZERO_RULE)
     tl.store(first + start + within, s_plus.to(first.dtype.element_ty), inside)
@@ -208,7 +205,18 @@ def alpha_beta_pair(
     if z_minus.numel():
         with on_device(z_minus):
             alpha_beta_pair_kernel[blocks(z_minus.numel(), _BLOCK)](
-                carrier, message, z_plus, z_minus, *out, z_minus.numel(), alpha, beta, eps, eps == 0, _BLOCK, num_warps=4
+                carrier,
+                message,
+                z_plus,
+                z_minus,
+                *out,
+                z_minus.numel(),
+                alpha,
+                beta,
+                eps,
+                eps == 0,
+                _BLOCK,
+                num_warps=4,
             )
     return out
 

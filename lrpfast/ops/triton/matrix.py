@@ -2,8 +2,8 @@
 
 A convolution of channels-last images is one product: a row is an output position, a column an output channel, and the sum runs over
 taps and input channels (implicit GEMM: no patch is ever written out). A dense layer is a convolution of images of one pixel, a
-stride-1 transpose a convolution with flipped weights; so `matrix_kernel` serves all, and gives ``z`` and ``ẑ`` from one load of ``x`` and ``W`` where asked, the
-modified weight made on chip. Two more:
+stride-1 transpose a convolution with flipped weights; so `matrix_kernel` serves all. Where asked it gives ``z`` and ``ẑ`` from one
+load of ``x`` and ``W``, the modified weight made on chip. Two more:
 
 - `ratio_dgrad_kernel`: ``Wᵀ(carrier * message / S(Wx + b))`` of a layer of at most 256 input channels, where neither the denominator
   nor the ratio reaches memory: the tile of ``x`` stays on chip while the output channels go by, as in attention;
@@ -94,7 +94,9 @@ def matrix_kernel(  # type: ignore[no-untyped-def]
             place = (base + down) * width + right
             inside = (row < rows) & (down >= 0) & (down < height) & (right >= 0) & (right < width)
         own_channels = channel < channels
-        tile = tl.load(x + place[:, None] * row_size + channel[None, :], inside[:, None] & own_channels[None, :], other=0.0)
+        tile = tl.load(
+            x + place[:, None] * row_size + channel[None, :], inside[:, None] & own_channels[None, :], other=0.0
+        )
         at = weight + tap * weight_tap + channel[:, None] * weight_in + column[None, :] * weight_out
         factor = tl.load(at, own_channels[:, None] & own_columns[None, :], other=0.0)
         total = tl.dot(tile, factor, total, input_precision=PRECISION)
@@ -422,7 +424,9 @@ def ratio_dgrad(
     assert images is not None
     outs, channels = weight.shape[:2]
     if channels > LARGEST_KEPT:
-        raise ValueError(f"ratio_dgrad: {channels} input channels are more than the {LARGEST_KEPT} that are kept on chip")
+        raise ValueError(
+            f"ratio_dgrad: {channels} input channels are more than the {LARGEST_KEPT} that are kept on chip"
+        )
     out = torch.empty_like(images)
     rows = images.numel() // max(channels, 1)
     own = tiling or kept_tiling(channels, x.element_size(), capability_of(x))

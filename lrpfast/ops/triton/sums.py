@@ -34,10 +34,8 @@ def channel_sum_kernel(  # type: ignore[no-untyped-def]
     for first in range(0, own_channels, CHANNELS):
         own = first + tl.arange(0, CHANNELS)
         channel = group * own_channels + own
-        if CHANNELS_LAST:
-            at = position[:, None] * channels + channel[None, :]
-        else:
-            at = position[:, None] + channel[None, :] * positions
+        place_step, channel_step = (channels, 1) if CHANNELS_LAST else (1, positions)
+        at = position[:, None] * place_step + channel[None, :] * channel_step
         inside = there[:, None] & (own < own_channels)[None, :]
         row = image[:, None] * (positions * channels)
         terms = wide(tl.load(message + row + at, inside, other=0.0))
