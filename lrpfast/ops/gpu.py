@@ -1,6 +1,7 @@
 """Whether the Triton kernels can be had, asked once and only when somebody needs them: importing Triton takes a second."""
 
 import functools
+import importlib
 from types import ModuleType
 
 
@@ -8,8 +9,9 @@ from types import ModuleType
 def load() -> tuple[ModuleType | None, str]:
     """`lrpfast.ops.triton`, or None and the reason why it is not there."""
     try:
+        importlib.import_module("triton")
         from . import triton
-    except ImportError as error:
+    except Exception as error:  # a broken installation raises more than an ImportError
         missing = isinstance(error, ModuleNotFoundError) and error.name == "triton"
         return (
             None,
