@@ -1,6 +1,7 @@
-"""What nvcc makes of the CUDA sources, for the architectures that the package is built for: no local memory, registers within bounds.
+"""The CUDA kernels without a GPU: what nvcc makes of them for the architectures that the package is built for, and what they compute.
 
-The numbers that the kernels compute are checked where there is a GPU (tests/test_gpu_device.py).
+For the second a small header stands in for CUDA, and the kernels' threads are threads of this machine. On a GPU itself:
+tests/test_gpu_device.py.
 """
 
 from __future__ import annotations
@@ -13,10 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed"),
-]
+pytestmark = pytest.mark.slow
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 # Registers that a thread may have: a block of 512 threads of the dense kernels has 65,536 to share.
 MOST_REGISTERS = {"dense": 128, "ratio": 64}
 
@@ -31,6 +30,16 @@ def test_the_architectures_are_those_of_ampere_and_hopper() -> None:
     assert architectures() == ["80", "90"]
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler is installed")
+def test_the_dense_kernels_compute_what_they_should(tmp_path: Path) -> None:
+    program = tmp_path / "emulation"
+    source = ROOT / "tests" / "cpp" / "cuda_emulation.cpp"
+    subprocess.run(["c++", "-std=c++20", "-O1", "-pthread", source, "-o", program], check=True, capture_output=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "0 failures\n"), done.stderr
+
+
+@needs_nvcc
 @pytest.mark.parametrize(
     ("source", "architecture"),
     [

