@@ -217,7 +217,8 @@ class Explainer:
         several = asked is not None and asked.dim() == 2 and not is_relevance
         with self._lock:
             replay = None if several or not batch else compiled.replays.get(kind)
-            executor = compiled.executor(kind, several, batch)
+            size = batch if replay is None else replay.size_for(batch) or replay.sizes[-1]
+            executor = compiled.executor(kind, several, size)
             if executor.chunks(batch)[0][1] == 1:
                 executor = compiled.executor(kind, several, 1)
         chunks = executor.chunks(batch)

@@ -1,7 +1,7 @@
 """Puts right what Triton's interpreter computes otherwise than a GPU does: bfloat16.
 
 The interpreter keeps a bfloat16 as its 16 bits. Converting from float32 it cuts the lower bits off where a GPU rounds to
-nearest even, and in a matrix product it multiplies the bits as if they were integers (seen in Triton 3.8). Both would hide errors
+nearest even, and in a matrix product it multiplies the bits as if they were integers (seen in Triton 3.7 and 3.8). Both would hide errors
 of the kernels, or show errors that they do not have.
 """
 
