@@ -46,6 +46,18 @@ def test_dense_zeros_are_dropped_by_rule_zero() -> None:
     assert not cuda.dense_ratio_dgrad(x, weight, None, None, q, 0.0).any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_declared_operators_run_in_triton(dtype: torch.dtype) -> None:
+    y, q, z = draw((2, 8, 5, 7), 1, dtype).relu(), draw((2, 8, 5, 7), 2, dtype), draw((2, 8, 5, 7), 3, dtype)
+    ops = torch.ops.lrpfast
+    assert torch.equal(ops.ratio(y, q, z, 1e-6), reference.ratio(y, q, z, 1e-6))
+    for operator, arguments in (
+        (ops.ratio, (y, q, z, 1e-6)), (ops.ratio_sum, (y, q, z, z, 1e-6)), (ops.gamma_pair, (y, q, z, y, 0.25, 1e-6)),
+        (ops.alpha_beta_pair, (y, q, None, z, 2.0, 1.0, 1e-6)), (ops.channel_sum, (y, q, 2)),
+    ):  # fmt: skip
+        torch.library.opcheck(operator.default, arguments)
+
+
 @pytest.mark.parametrize("batch", [1, 3, 4, 9])
 def test_replayed_maps_are_those_of_a_call(batch: int) -> None:
     x = draw((batch, 3, 32, 32), 0)

@@ -134,6 +134,23 @@ def test_what_is_fused() -> None:
     )
 
 
+def test_a_layer_runs_before_its_input_is_written_over() -> None:
+    """With gradients alone nothing needs `h` on the way back, and doubling it may write over it: after `b` has read it."""
+
+    def run(m: networks.Net, x: Tensor) -> Tensor:
+        h = m.a(x)
+        convolved = m.b(h)
+        return m.c((convolved + h * 2).relu())
+
+    x = torch.randn(2, 4, 7, 9, generator=torch.Generator().manual_seed(6))
+    model = networks.Net(run).eval()
+    exact = lrpfast.explain(copy.deepcopy(model).double(), x.double(), 2, "deconvnet").relevance
+    explainer = lrpfast.Explainer(model.to(DEVICE), x.to(DEVICE), "deconvnet", backend="triton")
+    found = explainer(x.to(DEVICE), 2).relevance.cpu().double()
+    assert torch.linalg.vector_norm(found - exact) <= 1e-5 * torch.linalg.vector_norm(exact)
+    assert torch.ops.aten.mul_.Tensor in [step.function for step in steps_of(explainer)]
+
+
 def test_inner_values_that_are_asked_for_are_not_absorbed() -> None:
     x = torch.randn(2, 3, 9, 11).to(DEVICE)
     explainer = lrpfast.Explainer(
