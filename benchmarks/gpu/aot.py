@@ -272,7 +272,7 @@ def main() -> None:
     options = parser.parse_args()
     for variant in variants():
         wanted = any(n in variant.name for n in options.names) if options.names else variant.usual or options.all
-        wanted = wanted and options.dtype in variant.name
+        wanted = wanted and f" {options.dtype}" in variant.name
         for capability in set(options.capability) & set(variant.capabilities) if wanted else ():
             print(json.dumps(dataclasses.asdict(compiled(variant, capability))), flush=True)
 

@@ -146,7 +146,7 @@ def ratio_dgrad_kernel(  # type: ignore[no-untyped-def]
         y = None
         if carrier is not None:
             y = wide(tl.load(carrier + own, inside, other=0.0))
-        s = tl.where(inside, quotient(y, q, z, eps, ZERO_RULE), 0.0)  # outside, 0 over a z of 0 would be NaN
+        s = quotient(y, q, z, eps, ZERO_RULE)  # outside, a message of 0 over eps, or dropped by ZERO_RULE
         total = tl.dot(s.to(factor.dtype), factor, total, input_precision=PRECISION)
     tl.store(out + at_x, total.to(out.dtype.element_ty), own_rows[:, None] & own_channels[None, :])
 
@@ -222,8 +222,10 @@ def tilings(
     shapes = [(128, 128, 8), (64, 128, 8), (128, 64, 8), (64, 64, 8 if pair else 4)]
     if epilogue == "message_ratio":
         shapes = shapes[2:]
-    if capability < 90 and (pair or epilogue in ("ratio", "zero_ratio")):
+    if epilogue in ("ratio", "zero_ratio") and (capability < 90 or element_size == 4):
         shapes.remove((128, 128, 8))
+    if pair and capability < 90:
+        shapes = [s for s in shapes if s[0] == 64]
     if capability >= 90 and not pair and epilogue in ("plain", "relu") and outs >= 256:
         shapes.insert(1, (128, 256, 8))
     if outs <= 64:
@@ -245,7 +247,8 @@ def kept_tiling(channels: int, element_size: int, capability: int = 90) -> Tilin
     depth = max(16, triton.next_power_of_2(channels))
     room = 2 if capability >= 90 else 1
     size = depth * element_size
-    return Tiling(128 if size <= 256 * room else 64, 64 if size <= 128 * room else 32, depth, 8, 2)
+    columns = 64 if size <= 128 * room else 32 if size <= 512 else 16
+    return Tiling(128 if size <= 256 * room else 64, columns, depth, 8, 2)
 
 
 def capability_of(tensor: Tensor) -> int:
