@@ -165,6 +165,8 @@ def _kept() -> Iterator[Variant]:
     from lrpfast.ops.triton.matrix import kept_tiling
 
     for (dtype, size), channels, capability in itertools.product(_SIZES.items(), (64, 128, 256), (80, 90)):
+        if channels * size > 512:  # see largest_kept
+            continue
         tiling = kept_tiling(channels, size, capability)
         yield Variant(
             f"ratio_dgrad {channels} {dtype} {tiling}", "matrix", "ratio_dgrad_kernel",

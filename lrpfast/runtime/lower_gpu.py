@@ -5,7 +5,7 @@ On top of `Lowering`, whose elementwise steps run in Triton here, products absor
 - a layer with the ReLU, or with the residual sum and its ReLU, that alone uses it;
 - a layer whose output is a denominator with the ratio: the denominator never reaches memory;
 - a transpose with the next layer's ratio, whose message it is;
-- a 1 x 1 layer with its ratio and its transpose, where a tile of its input stays on chip;
+- a 1 x 1 layer of few inputs with its ratio and its transpose: a tile of its input stays on chip;
 - a layer together with the same layer for its modified weight, where reading the input twice costs more than keeping the second result.
 
 A layer that is absorbed runs later than the program says: it may, if its operands still hold their values then.
@@ -43,7 +43,6 @@ class GpuLowering(Lowering):
     ) -> None:
         super().__init__(program, nodes, keep, kernels, convolutions)
         self.products = products
-        self._largest_kept: int = kernels.LARGEST_KEPT
 
     # --- what absorbs what ---
 
@@ -120,7 +119,7 @@ class GpuLowering(Lowering):
             and layer.is_pointwise
             and back.is_pointwise
             and layer.weight is back.weight
-            and (static_channels(layer.x) <= self._largest_kept or self.products.is_single(layer))
+            and (self._may_be_kept(layer) or self.products.is_single(layer))
             and self._only_user(denominator) is ratio
             and denominator not in others
             and self._alike(others, denominator)
@@ -128,6 +127,10 @@ class GpuLowering(Lowering):
             and all(self._still_holds(t, ratio, end) for t in others)
         )
         return (Fused(layer, "ratio", ratio, carrier, message, eps), back) if fits else None
+
+    def _may_be_kept(self, layer: Product) -> bool:
+        """Whether a tile of a layer's input may stay on chip, all channels of it."""
+        return static_channels(layer.x) <= self.kernels.largest_kept(value(layer.x).dtype)
 
     # --- steps ---
 
@@ -172,7 +175,7 @@ class GpuLowering(Lowering):
         """Together with the same layer for its modified weight."""
         product = fused.product
         ins, outs = product.sizes
-        if product.arrangement != "given" or product.windows[3] > 1 or ins <= max(self._largest_kept, 2 * outs):
+        if product.arrangement != "given" or product.windows[3] > 1 or self._may_be_kept(product) or ins <= 2 * outs:
             return None  # keeping a result costs writing and reading it, and spares reading the input once
         for user in product.x.users:
             other = self._product(user)

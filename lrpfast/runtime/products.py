@@ -180,7 +180,7 @@ class Products:
                 note="with its layer and ratio", computes=computes,
             ),
         }  # fmt: skip
-        if static_channels(product.x) > kernels.LARGEST_KEPT:
+        if static_channels(product.x) > kernels.largest_kept(value(product.x).dtype):
             del ways["one kernel"]
         if self.is_single(product):
             run = _one_read(ways["two kernels"].function, both[1])

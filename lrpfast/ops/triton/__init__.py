@@ -17,11 +17,12 @@ from .elementwise import (
     select_by_sign,
 )
 from .language import INTERPRETED, takes
-from .matrix import LARGEST_KEPT, convolution, convolution_pair, dense_dgrad, ratio_dgrad
+from .matrix import convolution, convolution_pair, dense_dgrad, largest_kept, ratio_dgrad
 from .pooling import avg_pool_dgrad, max_pool, max_pool_dgrad
 from .sums import channel_sum
 
 __all__ = [
-    "INTERPRETED", "LARGEST_KEPT", "add_relu", "alpha_beta_pair", "avg_pool_dgrad", "channel_sum", "convolution", "convolution_pair",
-    "dense_dgrad", "gamma_pair", "max_pool", "max_pool_dgrad", "ratio", "ratio_dgrad", "ratio_sum", "select_by_sign", "takes",
+    "INTERPRETED", "add_relu", "alpha_beta_pair", "avg_pool_dgrad", "channel_sum", "convolution", "convolution_pair",
+    "dense_dgrad", "gamma_pair", "largest_kept", "max_pool", "max_pool_dgrad", "ratio", "ratio_dgrad", "ratio_sum",
+    "select_by_sign", "takes",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ taps and input channels (implicit GEMM: no patch is ever written out). A dense l
 stride-1 transpose a convolution with flipped weights; so `matrix_kernel` serves all. Where asked it gives ``z`` and ``ẑ`` from one
 load of ``x`` and ``W``, the modified weight made on chip. Two more:
 
-- `ratio_dgrad_kernel`: ``Wᵀ(carrier * message / S(Wx + b))`` of a layer of at most 256 input channels, where neither the denominator
+- `ratio_dgrad_kernel`: ``Wᵀ(carrier * message / S(Wx + b))`` of a layer of few input channels, where neither the denominator
   nor the ratio reaches memory: the tile of ``x`` stays on chip while the output channels go by, as in attention;
 - `depthwise_kernel`: a channel at a time there is nothing to multiply matrices for; it is an elementwise step over taps.
 
@@ -195,7 +195,6 @@ EPILOGUES: dict[str, Any] = {
 MODIFICATIONS: dict[str, Any] = {name: getattr(epilogues, name) for name in ("positive", "favoured")}
 
 _INTERPRETED = Tiling(32, 32, 32, 4, 1)  # small: the interpreter's time goes by the number of operations
-LARGEST_KEPT = 256  # input channels of which `ratio_dgrad` keeps a tile on chip
 
 
 def tilings(
@@ -226,7 +225,7 @@ def tilings(
         shapes.remove((128, 128, 8))
     if pair and capability < 90:
         shapes = [s for s in shapes if s[0] == 64]
-    if capability >= 90 and not pair and epilogue in ("plain", "relu") and outs >= 256:
+    if capability >= 90 and not pair and epilogue in ("plain", "relu") and outs >= 256 and element_size == 2:
         shapes.insert(1, (128, 256, 8))
     if outs <= 64:
         shapes = [s for s in shapes if s[1] <= 64]
@@ -242,13 +241,17 @@ def tilings(
 _SHARED = 160 * 1024  # bytes of shared memory that the tiles in flight may take; an A100 has 163 KiB a block
 
 
+def largest_kept(dtype: torch.dtype) -> int:
+    """Input channels of a layer that `ratio_dgrad` takes, at most: of 512 bytes a tile stays on chip without spilling registers."""
+    return 512 // dtype.itemsize
+
+
 def kept_tiling(channels: int, element_size: int, capability: int = 90) -> Tiling:
     """The tiling of `ratio_dgrad`: its depth is all channels, and no registers spill."""
     depth = max(16, triton.next_power_of_2(channels))
     room = 2 if capability >= 90 else 1
     size = depth * element_size
-    columns = 64 if size <= 128 * room else 32 if size <= 512 else 16
-    return Tiling(128 if size <= 256 * room else 64, columns, depth, 8, 2)
+    return Tiling(128 if size <= 256 * room else 64, 64 if size <= 128 * room else 32, depth, 8, 2)
 
 
 def capability_of(tensor: Tensor) -> int:
@@ -418,7 +421,7 @@ def ratio_dgrad(
     x: Tensor, weight: Tensor, bias: Tensor | None, carrier: Tensor | None, message: Tensor, eps: float,
     tiling: Tiling | None = None,
 ) -> Tensor:  # fmt: skip
-    """`Wᵀ(carrier * message / S(Wx + b))` of a 1 x 1 convolution or dense layer with at most `LARGEST_KEPT` input channels.
+    """`Wᵀ(carrier * message / S(Wx + b))` of a 1 x 1 convolution or dense layer of at most `largest_kept` input channels.
 
     `x` is `[N, C, H, W]` or `[N, C]`, `weight` `[O, C(, 1, 1)]`, `carrier` and `message` are of the layer's output's shape. Neither
     the denominator nor the ratio is written to memory. With `eps` 0 the ratio is 0 where the denominator is (LRP-0).
@@ -426,10 +429,9 @@ def ratio_dgrad(
     images, y, q = _as_images(x), _as_images(carrier), _as_images(message)
     assert images is not None
     outs, channels = weight.shape[:2]
-    if channels > LARGEST_KEPT:
-        raise ValueError(
-            f"ratio_dgrad: {channels} input channels are more than the {LARGEST_KEPT} that are kept on chip"
-        )
+    most = largest_kept(x.dtype)
+    if channels > most:
+        raise ValueError(f"ratio_dgrad: {channels} input channels are more than the {most} that are kept on chip")
     out = torch.empty_like(images)
     rows = images.numel() // max(channels, 1)
     own = tiling or kept_tiling(channels, x.element_size(), capability_of(x))
