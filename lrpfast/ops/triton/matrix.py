@@ -218,7 +218,7 @@ def tilings(
         Whether the modified weight's product is made as well.
     """
     depth = 128 // element_size  # a row of 128 bytes: what the tensor cores' shared-memory layout swizzles
-    shapes = [(128, 128, 8), (64, 128, 8), (128, 64, 8), (64, 64, 8 if pair else 4)]
+    shapes = [(128, 128, 8), (64, 128, 8), (128, 64, 8), (64, 64, 8 if pair or epilogue == "message_ratio" else 4)]
     if epilogue == "message_ratio":
         shapes = shapes[2:]
     if epilogue in ("ratio", "zero_ratio") and (capability < 90 or element_size == 4):
