@@ -12,6 +12,7 @@
 #include "ops.h"
 #include "parallel.h"
 #if LRPFAST_CUDA_BUILT
+#include "dense_cuda.h"
 #include "ratio_cuda.h"
 #endif
 
@@ -87,6 +88,42 @@ const char* cuda_ratio(std::uintptr_t carrier, int carrier_dtype, bool carrier_b
       ratio_arguments(carrier, carrier_dtype, carrier_broadcast, message_a, message_b, message_dtype, denominator,
                       denominator_dtype, denominator_broadcast, result, row_size, eps);
   return lrpfast::launch_ratio(arguments, rows * row_size, reinterpret_cast<void*>(stream));
+}
+
+const char* cuda_dense_pair(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t positive_bias,
+                            std::uintptr_t z, std::uintptr_t z_plus, std::int64_t outputs, std::int64_t inputs, int dtype,
+                            std::uintptr_t stream) {
+  const lrpfast::DensePairArguments arguments = {
+      reinterpret_cast<const void*>(x),
+      reinterpret_cast<const void*>(weight),
+      reinterpret_cast<const void*>(bias),
+      reinterpret_cast<const void*>(positive_bias),
+      reinterpret_cast<void*>(z),
+      reinterpret_cast<void*>(z_plus),
+      outputs,
+      inputs,
+      static_cast<lrpfast::CudaDType>(dtype)};
+  return lrpfast::launch_dense_pair(arguments, reinterpret_cast<void*>(stream));
+}
+
+const char* cuda_dense_ratio_dgrad(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t carrier,
+                                   std::uintptr_t message, std::uintptr_t partial, std::uintptr_t result,
+                                   std::int64_t outputs, std::int64_t inputs, int blocks, int dtype, double eps,
+                                   std::uintptr_t stream) {
+  const lrpfast::DenseArguments arguments = {
+      reinterpret_cast<const void*>(x),
+      reinterpret_cast<const void*>(weight),
+      reinterpret_cast<const void*>(bias),
+      reinterpret_cast<const void*>(carrier),
+      reinterpret_cast<const void*>(message),
+      reinterpret_cast<float*>(partial),
+      reinterpret_cast<void*>(result),
+      outputs,
+      inputs,
+      blocks,
+      static_cast<lrpfast::CudaDType>(dtype),
+      static_cast<float>(eps)};
+  return lrpfast::launch_dense_ratio_dgrad(arguments, reinterpret_cast<void*>(stream));
 }
 #endif
 
@@ -297,6 +334,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("winograd", &winograd, py::call_guard<py::gil_scoped_release>());
 #if LRPFAST_CUDA_BUILT
   m.def("cuda_ratio", &cuda_ratio, py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_dense_pair", &cuda_dense_pair, py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_dense_ratio_dgrad", &cuda_dense_ratio_dgrad, py::call_guard<py::gil_scoped_release>());
 #endif
   m.def("build_info", &build_info, "Compiler, version, and whether CUDA was built in, or why not.");
   m.def("cpu_capability", &lrpfast::cpu_capability, "The instruction set in use: default, avx2 or avx512.");

@@ -18,7 +18,7 @@ _LAZY = {
     "LayerInfo": "lrpfast.composites",
     "load": "lrpfast.export",
 }
-_MODULES = ("composites", "errors", "export", "rules", "viz")
+_MODULES = ("composites", "errors", "export", "pipeline", "rules", "viz")
 
 __all__ = [
     "Composite",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lrpfast.ops import native
+from lrpfast.ops import gpu, native
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,12 @@ class Backend:
 
 def backends() -> list[Backend]:
     """Every backend that this version knows, fastest first."""
-    return [_cuda(), _native(), Backend("torch", True, "pure-torch reference operators, any device and dtype")]
+    return [
+        _triton(),
+        _cuda(),
+        _native(),
+        Backend("torch", True, "pure-torch reference operators, any device and dtype"),
+    ]
 
 
 def report() -> str:
@@ -41,11 +46,34 @@ def _native() -> Backend:
     return Backend("native", True, f"{detail} ({info['compiler']})")
 
 
+def _triton() -> Backend:
+    kernels, reason = gpu.load()
+    if kernels is None:
+        return Backend("triton", False, f"not used: {reason}")
+    import triton
+
+    detail = f"Triton {triton.__version__}, kernels for float32, bfloat16 and float16"
+    if kernels.INTERPRETED:
+        return Backend(
+            "triton", False, f"{detail}; TRITON_INTERPRET is set: they are interpreted, on the CPU, for tests alone"
+        )
+    missing = _why_no_gpu()
+    return Backend("triton", not missing, f"{detail}; not used: {missing}" if missing else detail)
+
+
 def _cuda() -> Backend:
     if native.extension is None:
         return Backend("cuda", False, f"not there: {native.why_unavailable}")
     info = native.extension.build_info()
     if not info["cuda_built"]:
         return Backend("cuda", False, info["cuda"])
-    gpu = "" if torch.cuda.is_available() else "; torch sees no GPU"
-    return Backend("cuda", False, f"{info['cuda']}; not used, no operator is routed to it in this version{gpu}")
+    missing = _why_no_gpu() or ("" if gpu.load()[0] else "its kernels stand beside Triton's, which are not there")
+    detail = f"{info['cuda']}; dense layers of one sample"
+    return Backend("cuda", not missing, f"{detail}; not used: {missing}" if missing else detail)
+
+
+def _why_no_gpu() -> str:
+    """Why nothing runs on a GPU here; empty where it does."""
+    if torch.cuda.is_available():
+        return ""
+    return "no GPU is visible to this process" if torch.version.cuda else "this torch is built without CUDA"

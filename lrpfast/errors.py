@@ -38,6 +38,10 @@ class NumericsError(LrpfastError, ValueError):
     """NaN or infinity in the input, in the model's output or in the relevance."""
 
 
+class MemoryLimitError(LrpfastError, MemoryError):
+    """A device has not the memory for a single sample, or for a batch that may not be split."""
+
+
 class ProgramError(LrpfastError):
     """A saved program is damaged, or is not one of lrpfast's."""
 

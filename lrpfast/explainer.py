@@ -26,11 +26,13 @@ from lrpfast.composites import Composite, get
 from lrpfast.errors import CaptureError, InputError
 from lrpfast.explanation import Explanation
 from lrpfast.graph import Program
-from lrpfast.ops import native
+from lrpfast.ops import gpu, native
 from lrpfast.plan import Plan, StepTime, make_plan, step_time
 from lrpfast.relevance import Joint, Seed, default_seed, transform
 from lrpfast.runtime import Executor
+from lrpfast.runtime.graphs import CudaRecorder, Recorder, Replay
 from lrpfast.runtime.memory import give_back_free_memory
+from lrpfast.runtime.splitting import run_parts
 from lrpfast.runtime.tune import Tuner
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,6 +52,7 @@ class Compiled:
     fingerprint: tuple
     _joints: dict[Seed, Joint] = dataclasses.field(default_factory=dict)
     _executors: dict[tuple[Seed, bool, int], Executor] = dataclasses.field(default_factory=dict)
+    replays: dict[Seed, Replay] = dataclasses.field(default_factory=dict)
 
     @property
     def default_seed(self) -> Seed:
@@ -61,11 +64,33 @@ class Compiled:
         return self._joints[seed]
 
     def executor(self, seed: Seed, repeated: bool, batch: int) -> Executor:
-        """The executor for a batch: of one, where oneDNN wants some weights laid out otherwise, or of several."""
-        key = (seed, repeated, 1 if batch == 1 else 8)
+        """The executor for a batch: of one, where weights are wanted otherwise and other kernels are fastest, or of several."""
+        key = (seed, repeated, self._batch_class(batch))
         if key not in self._executors:
             self._executors[key] = self._build(seed, repeated, key[2])
         return self._executors[key]
+
+    def _batch_class(self, batch: int) -> int:
+        """The batch that kernels are chosen for, of those that are alike: one, some, and on a GPU many."""
+        if batch == 1:
+            return 1
+        return 64 if batch > 16 and self.device.type == "cuda" else 8
+
+    @property
+    def device(self) -> torch.device:
+        return self.program.inputs[0].meta["val"].device
+
+    def recorded(self, seed: Seed, recorder: Recorder, examples: tuple[torch.Tensor, ...], sizes: list[int]) -> Replay:
+        """The program recorded for some sizes of batch."""
+
+        def program(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            *inputs, target = arguments
+            with torch.no_grad():
+                run = self.executor(seed, False, target.shape[0]).start(*inputs)
+                output = next(run)
+                return (output, *run.send(target))
+
+        return Replay(recorder, program, examples, sizes)
 
     def any_executor(self, seed: Seed) -> Executor:
         """An executor to describe: one that is there, lest weights be packed for this alone."""
@@ -74,10 +99,10 @@ class Compiled:
 
     def timed(self, batch: int, timer: Callable[[fx.Node, str, float], None]) -> Executor:
         """An executor that reports what each step takes."""
-        return self._build(Seed.LOGIT, False, 1 if batch == 1 else 8, timer)
+        return self._build(Seed.LOGIT, False, self._batch_class(batch), timer)
 
     def _build(self, seed: Seed, repeated: bool, batch: int, timer: Any = None) -> Executor:
-        tuner = Tuner() if self.autotune else None
+        tuner = Tuner(device=self.device) if self.autotune else None
         executor = Executor(self.joint(seed), self.backend, repeated, batch, tuner, timer)
         if tuner is not None:
             tuner.save()
@@ -104,7 +129,8 @@ class Explainer:
         None: the model's own dtype. "float32", "bfloat16", "float16": the program computes in this dtype, with
         denominators in float32 at least; maps and output come in the inputs' dtype.
     backend
-        "auto": the fastest operators on this machine; "torch": pure-torch reference operators; "native": the compiled ones.
+        "auto": the fastest operators for the inputs' device; "torch": pure-torch reference operators; "native": those compiled for
+        CPUs; "triton": those for NVIDIA GPUs.
     record
         Names of modules (globs) whose relevance is returned as well: that of the value which leaves the module.
     autotune
@@ -141,9 +167,9 @@ class Explainer:
         self._model = model
         self._composite = get(composite)
         self._precision = None if precision is None else _PRECISIONS[precision]
-        self._backend = _resolve_backend(backend)
+        self._backend = _check_backend(backend)
         self._record = tuple(record)
-        self._autotune = autotune and self._backend == "native"
+        self._autotune = autotune
         self._compiled: OrderedDict[tuple, Compiled] = OrderedDict()
         self._latest: Compiled | None = None
         self._lock = threading.Lock()
@@ -190,15 +216,62 @@ class Explainer:
         asked = checks.check_target(target, batch, compiled.program.outputs[0].meta["val"])
         several = asked is not None and asked.dim() == 2 and not is_relevance
         with self._lock:
-            executor = compiled.executor(kind, several, batch)
+            replay = None if several or not batch else compiled.replays.get(kind)
+            size = batch if replay is None else replay.size_for(batch) or replay.sizes[-1]
+            executor = compiled.executor(kind, several, size)
             if executor.chunks(batch)[0][1] == 1:
                 executor = compiled.executor(kind, several, 1)
-        parts = []
+        chunks = executor.chunks(batch)
+        if replay is not None:
+            chunks = [(begin, min(batch, begin + replay.sizes[-1])) for begin in range(0, batch, replay.sizes[-1])]
+
+        def run(start: int, end: int) -> Explanation:
+            own_inputs = tuple(x[start:end] for x in tensors)
+            own = None if asked is None else asked[start:end]
+            if replay is not None:
+                return _replay(compiled, replay, executor, own_inputs, own, kind, start)
+            return _run(compiled, executor, own_inputs, own, kind, start)
+
         with torch.no_grad():
-            for start, end in executor.chunks(batch):
-                own = None if asked is None else asked[start:end]
-                parts.append(_run(compiled, executor, tuple(x[start:end] for x in tensors), own, kind, start))
+            parts = run_parts(run, chunks, executor.samples_are_separate)
         return _joined(parts, compiled.pack)
+
+    def warmup(self, batch_sizes: Sequence[int] = (1, 8, 64), seed: str = "logit") -> None:
+        """Prepare the latest program for batches of some sizes, so that no later call has to.
+
+        On a GPU each size is recorded as a CUDA graph: a later batch that is no larger than the largest size is padded to the next
+        one and replayed, with neither Python nor an allocation between its kernels; a larger one is replayed in parts. Calls with K
+        targets a sample, or with the relevance at the output as the target, run as before. On a CPU weights are packed and kernels
+        chosen.
+
+        Parameters
+        ----------
+        batch_sizes
+            Sizes, at least 1.
+        seed
+            Of the calls to come: "logit" or "one".
+
+        Raises
+        ------
+        InputError
+            A size is less than 1, there is no program yet, or the samples of a batch meet in the model, which may then not be padded.
+        """
+        kind = checks.check_seed(seed)
+        sizes = sorted(set(batch_sizes))
+        if not sizes or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+            raise InputError(f"batch_sizes must be integers of at least 1, got {list(batch_sizes)}")
+        compiled = self._need_compiled("warmup")
+        kind = Seed.TENSOR if compiled.default_seed is Seed.TENSOR else kind
+        with self._lock:
+            for size in sizes:
+                executor = compiled.executor(kind, False, size)
+            recorder = _recorder(compiled.device)
+            if recorder is None or kind is Seed.TENSOR:
+                return
+            if not executor.samples_are_separate:
+                raise InputError("warmup: the samples of a batch meet in this model, so a batch may not be padded")
+            examples = tuple(_zeros_like(node) for node in compiled.program.inputs)
+            compiled.replays[kind] = compiled.recorded(kind, recorder, examples, sizes)
 
     def plan(self) -> Plan:
         """The plan of the latest program: layer, operation, rule, schedule, cost, and the facts proved; printable."""
@@ -332,7 +405,9 @@ class Explainer:
                 )
         program = canonicalise(captured.program, self._precision)
         rules = assign(program, self._composite)
-        compiled = Compiled(program, captured.pack, rules, self._record, self._backend, self._autotune, fingerprint)
+        backend = _backend_on(inputs[0].device, self._backend)
+        autotune = self._autotune and (backend == "native" or (backend == "triton" and inputs[0].is_cuda))
+        compiled = Compiled(program, captured.pack, rules, self._record, backend, autotune, fingerprint)
         for node in compiled.joint(compiled.default_seed).program.inputs:
             _check_batch(node)
         return compiled
@@ -347,14 +422,38 @@ def _check_batch(node: fx.Node) -> None:
         )
 
 
-def _resolve_backend(backend: str) -> str:
-    if backend == "auto":
-        return "torch" if native.extension is None else "native"
+def _check_backend(backend: str) -> str:
+    """The backend asked for; raises an InputError where it is unknown, or not there."""
+    if backend not in ("auto", "torch", "native", "triton"):
+        raise InputError(f"backend must be 'auto', 'torch', 'native' or 'triton', got {backend!r}")
     if backend == "native" and native.extension is None:
         raise InputError(f"backend 'native' is not available: {native.why_unavailable}")
-    if backend not in ("torch", "native"):
-        raise InputError(f"backend must be 'auto', 'torch' or 'native', got {backend!r}")
+    if backend == "triton" and gpu.load()[0] is None:
+        raise InputError(f"backend 'triton' is not available: {gpu.load()[1]}")
     return backend
+
+
+def _backend_on(device: torch.device, backend: str) -> str:
+    """The backend for inputs on a device: "auto" is the fastest there."""
+    if backend == "triton" and not gpu.runs_on(device.type):
+        raise InputError(f"backend 'triton' runs on CUDA devices, the inputs are on {device}")
+    if backend != "auto":
+        return backend
+    if device.type == "cuda" and gpu.runs_on("cuda"):
+        return "triton"
+    return "native" if device.type == "cpu" and native.extension is not None else "torch"
+
+
+def _recorder(device: torch.device) -> Recorder | None:
+    """What records programs on a device; None where nothing is gained by it."""
+    return CudaRecorder(device) if device.type == "cuda" else None
+
+
+def _zeros_like(node: fx.Node) -> torch.Tensor:
+    """A batch of one as the program takes it."""
+    fake = node.meta["val"]
+    tensor = torch.zeros((1, *fake.shape[1:]), dtype=fake.dtype, device=fake.device)
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
 def _prepare(compiled: Compiled, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
@@ -382,14 +481,47 @@ def _run(
         assert target is not None
         resolved = checks.check_output_relevance(target, output)
         results = [run.send(resolved)]
-        total = resolved.flatten(1).sum(1) if resolved.dim() > 1 else resolved
     else:
         resolved = checks.resolve_target(target, output)
         results = [run.send(t) for t in (resolved.unbind(1) if resolved.dim() == 2 else [resolved])]
-        total = checks.seed_relevance(output, resolved, seed)
     run.close()
     several = seed is not Seed.TENSOR and resolved.dim() == 2
     columns = [torch.stack(c, 1) if several else c[0] for c in zip(*results, strict=True)]
+    return _explanation(executor, inputs, output, resolved, columns, seed, first)
+
+
+def _replay(
+    compiled: Compiled,
+    replay: Replay,
+    executor: Executor,
+    inputs: tuple[torch.Tensor, ...],
+    target: torch.Tensor | None,
+    seed: Seed,
+    first: int,
+) -> Explanation:
+    """`_run` by what was recorded."""
+    batch, device = inputs[0].shape[0], inputs[0].device
+    asked = torch.full((batch,), -1, dtype=torch.int64, device=device) if target is None else target.to(device)
+    output, *columns = replay(tuple(_prepare(compiled, inputs)), asked)
+    checks.check_finite(output, "the model's output", first)
+    resolved = checks.resolve_target(target, output)
+    return _explanation(executor, inputs, output, resolved, columns, seed, first)
+
+
+def _explanation(
+    executor: Executor,
+    inputs: tuple[torch.Tensor, ...],
+    output: torch.Tensor,
+    resolved: torch.Tensor,
+    columns: list[torch.Tensor],
+    seed: Seed,
+    first: int,
+) -> Explanation:
+    """The results of a run as its caller gets them, checked."""
+    if seed is Seed.TENSOR:
+        total = resolved.flatten(1).sum(1) if resolved.dim() > 1 else resolved
+    else:
+        total = checks.seed_relevance(output, resolved, seed)
     columns = [_finished(c, inputs[0].dtype) for c in columns]
     count = len(inputs)
     for index, name in enumerate((*("the relevance" for _ in inputs), *executor.recorded)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import io
 import math
@@ -14,6 +15,7 @@ from lrpfast.graph import is_tensor, operation_name, value
 from lrpfast.ops.products import Product
 from lrpfast.relevance import Joint
 from lrpfast.runtime import Executor
+from lrpfast.runtime.lower import VIEWS
 from lrpfast.runtime.step import Step
 
 _MAC_OPERATIONS = ("convolution", "linear", "conv_dgrad")
@@ -23,7 +25,8 @@ _MAC_OPERATIONS = ("convolution", "linear", "conv_dgrad")
 class Row:
     """One operation of the model: its rule, which entry of the composite gave it, how it is done, and its cost.
 
-    `gmacs` counts multiplications of the explanation, and `forward_gmacs` those of the model's own pass, a sample.
+    `kernels` counts the steps of the program that are the layer's own: kernels, where each step is one. `gmacs` counts multiplications
+    of the explanation, and `forward_gmacs` those of the model's own pass, a sample.
     """
 
     layer: str
@@ -31,6 +34,7 @@ class Row:
     rule: str
     why: str
     how: str
+    kernels: int
     forward_gmacs: float
     gmacs: float
 
@@ -52,11 +56,12 @@ class Plan:
         table = Table(title=f"composite {self.composite}", title_justify="left", pad_edge=False)
         for name in ("layer", "operation", "rule", "from", "how"):
             table.add_column(name, overflow="fold")
+        table.add_column("kernels", justify="right")
         table.add_column("GMAC forward", justify="right")
         table.add_column("relevance", justify="right")
         for row in self.rows:
             costs = [f"{c:.3f}" if c else "" for c in (row.forward_gmacs, row.gmacs)]
-            table.add_row(row.layer, row.operation, row.rule, row.why, row.how, *costs)
+            table.add_row(row.layer, row.operation, row.rule, row.why, row.how, str(row.kernels or ""), *costs)
         buffer = io.StringIO()
         Console(file=buffer, width=140, force_terminal=False, no_color=True).print(table)
         forward, total = sum(r.forward_gmacs for r in self.rows), sum(r.gmacs for r in self.rows)
@@ -76,6 +81,9 @@ def make_plan(joint: Joint, executor: Executor, composite: str) -> Plan:
         if node.op == "call_function" and node not in joint.forward:
             path = node.meta.get("path", "")
             backward[path] = backward.get(path, 0.0) + _gmacs(node)
+    kernels = collections.Counter(
+        step.node.meta.get("path", "") for step in executor.steps if operation_name(step.node) not in VIEWS
+    )
     rows = []
     for node, assignment in joint.rules.items():
         layer = assignment.layer
@@ -84,7 +92,7 @@ def make_plan(joint: Joint, executor: Executor, composite: str) -> Plan:
         path = node.meta.get("path", "")
         cost = backward.pop(path, 0.0) if own else 0.0
         how = joint.notes.get(node, "")
-        rows.append(Row(layer.name, layer.operation, rule, assignment.why, how, own, cost))
+        rows.append(Row(layer.name, layer.operation, rule, assignment.why, how, kernels.pop(path, 0), own, cost))
     return Plan(composite, tuple(rows), str(joint.facts), len(executor.steps), tuple(executor.choices))
 
 
@@ -103,10 +111,10 @@ def step_time(step: Step, seconds: float, batch: int) -> StepTime:
     """Put a time beside what the step has to do for a batch."""
     node = step.node
     name = operation_name(node) + (f" ({step.note})" if step.note else "")
-    flops = sum(2e9 * batch * _gmacs(layer) * _within(layer) for layer in step.layers or (node,))
+    flops = sum(2e9 * batch * _gmacs(layer) * _within(layer) for layer in step.computes or (node,))
     touched: list[fx.Node] = []
     fx.map_arg((step.args, step.kwargs), touched.append)
-    tensors = [t for n in {*touched, node} for t in _tensors(n.meta.get("val"))]
+    tensors = [t for n in {*touched, node, *step.also} for t in _tensors(n.meta.get("val"))]
     tensors += [a for a in step.args if isinstance(a, torch.Tensor)]
     tensors += [a.weight for a in step.args if isinstance(a, Product)]
     size = sum(math.prod(n if isinstance(n, int) else batch for n in t.shape) * t.element_size() for t in tensors)

@@ -16,6 +16,10 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch
 os.environ["LRPFAST_CACHE_DIR"] = tempfile.mkdtemp(prefix="lrpfast-tests-")
 atexit.register(shutil.rmtree, os.environ["LRPFAST_CACHE_DIR"], ignore_errors=True)
 
+# Where there is no GPU, Triton's kernels run in its interpreter. Triton asks when the kernels are imported, which is later.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Each example compiles a network, which takes a good part of a second: no deadline, few examples. The draws are the same in every run,
 # so that a failure is a failure of the change at hand, and it is shown as found. LRPFAST_HYPOTHESIS=explore looks further, and shrinks.
 hypothesis.settings.register_profile(

@@ -105,8 +105,8 @@ _ENGINE = (
     ),
     click.option(
         "--backend",
-        type=click.Choice(["auto", "native", "torch"]),
-        help="native: the compiled operators; torch: the reference; auto: the fastest here. [default: auto]",
+        type=click.Choice(["auto", "native", "triton", "torch"]),
+        help="native: compiled for CPUs; triton: for GPUs; torch: the reference; auto: the fastest here. [default: auto]",
     ),
     click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... [default: cuda where it is there, else cpu]"),
 )

@@ -6,16 +6,15 @@ combination of shapes and strides met, then looked up.
 """
 
 import ctypes
-import functools
 import os
 import warnings
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference, transposes
+from .layouts import channel_layout, ratio_layout, same_layout
 
 # Batches in which a dense layer is bound by reading its weight, and torch reads it slower than memory gives it.
 SMALL_BATCH = range(2, 17)
@@ -126,7 +125,7 @@ def select_by_sign(x: Tensor, upper: Tensor, lower: Tensor, out: Tensor | None =
         out = torch.empty_like(upper)
     codes = [_dtype_code(t) for t in (x, upper, lower, out)]
     geometries = tuple((t.shape, t.stride()) for t in (x, upper, lower, out))
-    if extension is None or None in codes or not codes[1] == codes[2] == codes[3] or not _same_layout(geometries):
+    if extension is None or None in codes or not codes[1] == codes[2] == codes[3] or not same_layout(geometries):
         return torch.where(x >= 0, upper, lower, out=out)
     extension.select_by_sign(
         x.data_ptr(), _DTYPE_CODES[x.dtype], upper.data_ptr(), lower.data_ptr(), _DTYPE_CODES[upper.dtype],
@@ -139,7 +138,7 @@ def add_relu(a: Tensor, b: Tensor) -> Tensor:
     """`relu(a + b)` for two tensors of one shape and dtype."""
     code = _dtype_code(a)
     same = extension is not None and code is not None and _dtype_code(b) == code
-    if not same or not _same_layout(((a.shape, a.stride()), (b.shape, b.stride()))):
+    if not same or not same_layout(((a.shape, a.stride()), (b.shape, b.stride()))):
         return torch.add(a, b).relu_()
     assert extension is not None
     out = torch.empty_like(a)
@@ -248,7 +247,7 @@ def _ratio(
         return False
     if _dtype_code(out) != message_code or (other is not None and _dtype_code(other) != message_code):
         return False
-    layout = _ratio_layout(
+    layout = ratio_layout(
         (message.shape, message.stride()),
         None if out is message else (out.shape, out.stride()),
         None if other is None else (other.shape, other.stride()),
@@ -294,7 +293,7 @@ def _pair(
     codes = [_dtype_code(t) for t in given]
     if None in codes or any(_dtype_code(o) != _dtype_code(message) for o in out):
         return False
-    if not _same_layout(tuple((t.shape, t.stride()) for t in (*given, *out))):
+    if not same_layout(tuple((t.shape, t.stride()) for t in (*given, *out))):
         return False
     operands: list[int] = []
     for tensor in (carrier, message, first, second):
@@ -321,7 +320,7 @@ def _channel_sum(carrier: Tensor | None, message: Tensor, groups: int, out: Tens
     carrier_code = 0 if carrier is None else _dtype_code(carrier)
     if message_code is None or carrier_code is None or _dtype_code(out) != message_code or not out.is_contiguous():
         return False
-    layout = _channel_layout(
+    layout = channel_layout(
         (message.shape, message.stride()), None if carrier is None else (carrier.shape, carrier.stride())
     )
     if layout is None:
@@ -353,100 +352,3 @@ def _dtype_code(tensor: Tensor) -> int | None:
     if not tensor.is_cpu or tensor.is_neg():
         return None
     return _DTYPE_CODES.get(tensor.dtype)
-
-
-# ---- Layouts: (shape, strides) of the operands to what a kernel is told ----------------------------------------------
-# A kernel numbers elements in the order of memory. That is sound if every operand is dense and orders its dimensions
-# alike; strides of dimensions of size 1 mean nothing and are left out.
-
-_Geometry = tuple[torch.Size, tuple[int, ...]]
-
-
-class _RatioLayout(NamedTuple):
-    rows: int
-    row_size: int
-    carrier_broadcast: bool
-    denominator_broadcast: bool
-
-
-class _ChannelLayout(NamedTuple):
-    rows: int
-    channels: int
-    positions: int
-    channels_last: bool
-    carrier_broadcast: bool
-
-
-@functools.lru_cache(maxsize=4096)
-def _ratio_layout(
-    message: _Geometry,
-    out: _Geometry | None,
-    other: _Geometry | None,
-    denominator: _Geometry,
-    carrier: _Geometry | None,
-) -> _RatioLayout | None:
-    if not _is_dense(message) or any(_broadcast(t, message) is not False for t in (out, other) if t is not None):
-        return None
-    carrier_broadcast = False if carrier is None else _broadcast(carrier, message)
-    denominator_broadcast = _broadcast(denominator, message)
-    if carrier_broadcast is None or denominator_broadcast is None:
-        return None
-    size = message[0].numel()
-    if carrier_broadcast or denominator_broadcast:
-        rows = message[0][0]
-        return _RatioLayout(rows, size // max(rows, 1), carrier_broadcast, denominator_broadcast)
-    return _RatioLayout(1, size, False, False)
-
-
-@functools.lru_cache(maxsize=4096)
-def _same_layout(geometries: tuple[_Geometry, ...]) -> bool:
-    """Whether all operands are dense and number their elements alike."""
-    first = geometries[0]
-    return _is_dense(first) and all(_broadcast(g, first) is False for g in geometries[1:])
-
-
-@functools.lru_cache(maxsize=4096)
-def _channel_layout(message: _Geometry, carrier: _Geometry | None) -> _ChannelLayout | None:
-    carrier_broadcast = False if carrier is None else _broadcast(carrier, message)
-    if carrier_broadcast is None:
-        return None
-    shape = message[0]
-    positions = shape[2:].numel()
-    order = _dimension_order(message)
-    planes = [d for d in range(len(shape)) if shape[d] > 1]
-    neighbours = [d for d in (0, *range(2, len(shape)), 1) if shape[d] > 1]
-    if not _is_dense(message) or order not in (planes, neighbours):
-        return None
-    # With a single position, or a single channel, both readings hold, and the one with the longer inner loop is faster.
-    channels_last = order != planes or (order == neighbours and positions == 1)
-    return _ChannelLayout(shape[0], shape[1], positions, channels_last, carrier_broadcast)
-
-
-def _broadcast(operand: _Geometry, message: _Geometry) -> bool | None:
-    """Whether one row of the operand serves all rows of the message; None if elements are not numbered alike."""
-    shape, strides = message
-    if operand[0] == shape:
-        same = all(a == b for a, b, size in zip(operand[1], strides, shape, strict=True) if size > 1)
-        return False if same else None
-    if len(operand[0]) != len(shape) or operand[0][0] != 1 or operand[0][1:] != shape[1:]:
-        return None
-    rows_outermost = strides[0] == shape[1:].numel()
-    same = all(a == b for a, b, size in zip(operand[1][1:], strides[1:], shape[1:], strict=True) if size > 1)
-    return True if same and rows_outermost else None
-
-
-def _dimension_order(geometry: _Geometry) -> list[int]:
-    """Dimensions of more than one element, outermost first."""
-    shape, strides = geometry
-    return sorted((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -strides[d])
-
-
-def _is_dense(geometry: _Geometry) -> bool:
-    """Whether the elements fill a block of memory, each once, in some order of the dimensions."""
-    shape, strides = geometry
-    expected = 1
-    for d in reversed(_dimension_order(geometry)):
-        if strides[d] != expected:
-            return False
-        expected *= shape[d]
-    return True

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import gpu, native, reference
 
 _LIBRARY = torch.library.Library("lrpfast", "DEF")  # kept: the declarations go when this object goes
 
@@ -124,8 +124,19 @@ def _into_result(compute: Callable[..., Any], result: Callable[..., Any]) -> Cal
     return implementation
 
 
+def _on_gpu(name: str) -> Callable[..., Any]:
+    """The Triton operator, loaded when it is first called; without Triton the reference."""
+
+    def compute(*arguments: Any, out: Any) -> Any:
+        kernels, _ = gpu.load()
+        return getattr(kernels or reference, name)(*arguments, out=out)
+
+    return compute
+
+
 for _name, (_signature, _result) in OPERATORS.items():
     _LIBRARY.define(_name + _signature, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"lrpfast::{_name}", _result, lib=_LIBRARY)
     _LIBRARY.impl(_name, _into_result(getattr(native, _name), _result), "CPU")
+    _LIBRARY.impl(_name, _into_result(_on_gpu(_name), _result), "CUDA")
     _LIBRARY.impl(_name, _into_result(getattr(reference, _name), _result), "CompositeExplicitAutograd")

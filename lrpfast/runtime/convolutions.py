@@ -115,7 +115,7 @@ class Convolutions:
         def own(made: Product) -> list[Step]:
             args = (made, x, bias, carrier, message, other[0] if other else None, node.args[-1], out)
             note = f"in a convolution {_OWN[type(made)]}"
-            return [Step(node, products.convolution_ratio, args, note=note, layers=(convolution,))]
+            return [Step(node, products.convolution_ratio, args, note=note, computes=(convolution,))]
 
         kind, layer_of = make
         if isinstance(layer, SignedPart):
@@ -129,7 +129,7 @@ class Convolutions:
         if make is None:
             return None
         args = (make[1](), part.x, part.first.args[2])
-        return [Step(node, products.convolution, args, note=make[0], layers=(part.first,))]
+        return [Step(node, products.convolution, args, note=make[0], computes=(part.first,))]
 
     def either(self, group: Either) -> list[Step] | None:
         """One of two transposes, by the sign of a value; None where there is no better way than both."""
@@ -144,7 +144,7 @@ class Convolutions:
         )
         args = (layer, group.upper.args[0], group.x)
         note = f"of two transposes, {_OWN[Pointwise]}"
-        return [Step(group.last, products.either_convolution, args, note=note, layers=(group.upper, group.lower))]
+        return [Step(group.last, products.either_convolution, args, note=note, computes=(group.upper, group.lower))]
 
     def dgrad(self, node: fx.Node) -> list[Step]:
         """The transpose of a convolution, in the way that is fastest here."""
@@ -171,7 +171,7 @@ class Convolutions:
             args = (total, s, packed, None, padding, stride, dilation, groups, "add", 1.0, None, [], None)
         else:
             return None
-        return Step(add, function, args, note=f"added {step.note}", layers=(node,))
+        return Step(add, function, args, note=f"added {step.note}", computes=(node,))
 
     # --- ways ---
 
@@ -186,13 +186,13 @@ class Convolutions:
         if activation is None or epilogue is None:
             return Step(node, *_pointwise(*layer, _NO_EPILOGUE))
         note = f"with its {_SHOWN[operation_name(activation)]}"
-        return Step(activation, *_pointwise(*layer, epilogue), note=note, layers=(node,))
+        return Step(activation, *_pointwise(*layer, epilogue), note=note, computes=(node,))
 
     def _own(self, node: fx.Node, layer: Product, relu: fx.Node | None) -> list[Step]:
         bias = node.args[2] if node.target is aten.convolution.default else None
         note = _OWN[type(layer)] + (", with its ReLU" if relu else "")
         args = (layer, node.args[0], bias, relu is not None)
-        return [Step(relu or node, products.convolution, args, note=note, layers=(node,))]
+        return [Step(relu or node, products.convolution, args, note=note, computes=(node,))]
 
     def _own_layer(self, node: fx.Node) -> tuple[str, Callable[[], Product]] | None:
         """A convolution, or a transpose that is one, as a product of our own: its name and how it is made."""

@@ -20,6 +20,7 @@ from torch import fx
 
 from lrpfast.facts import depends_on_input
 from lrpfast.graph import argument, is_tensor, operation_name, rank, value
+from lrpfast.ops import native, reference
 from lrpfast.relevance import Joint
 from lrpfast.runtime.convolutions import Convolutions
 from lrpfast.runtime.lower import Lowering
@@ -42,7 +43,7 @@ class Executor:
     joint
         The program.
     backend
-        "native": the compiled operators; "torch": the pure-torch references.
+        "native": the compiled operators; "triton": those of the GPU; "torch": the pure-torch references.
     repeated
         Whether the part that depends on the target is to run several times.
     batch
@@ -82,18 +83,18 @@ class Executor:
         on_cpu = all(i.meta["val"].device.type == "cpu" for i in self._inputs)
         if on_cpu:
             keep_freed_memory()
-        convolutions = Convolutions(joint.program.constants, batch, backend == "native", tuner)
-        lowering = Lowering(joint.program, ordered, keep, backend, convolutions)
+        lowering, self.tuned = _lowering(joint, ordered, keep, backend, batch, tuner)
         steps = lowering.steps()
         self.steps = steps
-        self.choices = [] if tuner is None else _choices(convolutions, tuner)
+        self.choices = [] if tuner is None else _choices(self.tuned, tuner)
         self._source, self._names = _generate(
             lowering, steps, segments, self._inputs, self._results, keep, repeated, timer
         )
         scope = dict(self._names)
         exec(compile(self._source, "<joint program>", "exec"), scope)
         self._function: Callable[..., Run] = scope["run"]
-        in_parts = on_cpu and not _mixes_samples(joint)
+        self.samples_are_separate = not _mixes_samples(joint)
+        in_parts = on_cpu and self.samples_are_separate
         self._part = max(1, _PART_BYTES // max(1, _bytes_a_sample(lowering, steps))) if in_parts else None
 
     def chunks(self, batch: int) -> list[tuple[int, int]]:
@@ -107,10 +108,28 @@ class Executor:
         return self._function(*inputs)
 
 
-def _choices(convolutions: Convolutions, tuner: Tuner) -> list[str]:
+def _lowering(
+    joint: Joint, nodes: list[fx.Node], keep: set[fx.Node], backend: str, batch: int, tuner: Tuner | None
+) -> tuple[Lowering, dict[fx.Node, str]]:
+    """The lowering for a backend, and where it will say which steps were chosen by timing."""
+    constants = joint.program.constants
+    if backend == "triton":
+        from lrpfast.ops import triton
+        from lrpfast.runtime.lower_gpu import GpuLowering
+        from lrpfast.runtime.products import Products
+
+        products = Products(constants, triton, batch, tuner)
+        convolutions = Convolutions(constants, batch, False, None)
+        return GpuLowering(joint.program, nodes, keep, triton, convolutions, products), products.tuned
+    convolutions = Convolutions(constants, batch, backend == "native", tuner)
+    kernels = native if backend == "native" else reference
+    return Lowering(joint.program, nodes, keep, kernels, convolutions), convolutions.tuned
+
+
+def _choices(tuned: dict[fx.Node, str], tuner: Tuner) -> list[str]:
     """A line for each step that was chosen by timing: what was taken and what each way takes."""
     lines = []
-    for node, key in convolutions.tuned.items():
+    for node, key in tuned.items():
         entry = tuner.choices[key]
         times = ", ".join(f"{way} {seconds * 1000:.2f} ms" for way, seconds in entry["seconds"].items())
         lines.append(f"{node.meta.get('path', '') or operation_name(node)}: {entry['way']} ({times})")
@@ -203,7 +222,7 @@ def _generate(
     seeded = set(segments["seeded"])
     forward_done = False
     indent = "    "
-    produced = {s.node for s in steps}
+    produced = {n for s in steps for n in (s.node, *s.also)}
     for index, step in enumerate(steps):
         if step.node in seeded and not forward_done:
             forward_done = True
@@ -212,7 +231,8 @@ def _generate(
                 lines.append(f"{indent}while True:")
                 indent = "        "
         arguments = ", ".join([*map(render, step.args), *(f"{k}={render(v)}" for k, v in step.kwargs.items())])
-        call = f"{step.node.name} = {name_of(step.function, 'f')}({arguments})"
+        names_made = ", ".join(n.name for n in (step.node, *step.also))
+        call = f"{names_made} = {name_of(step.function, 'f')}({arguments})"
         if timer is None:
             lines.append(indent + call)
         else:
@@ -237,7 +257,7 @@ def _generate(
 def _last_uses(steps: list[Step]) -> dict[int, list[fx.Node]]:
     last: dict[fx.Node, int] = {}
     for index, step in enumerate(steps):
-        last[step.node] = index
+        last.update(dict.fromkeys((step.node, *step.also), index))
         for node in _nodes_in((step.args, step.kwargs)):
             last[node] = index
     result: dict[int, list[fx.Node]] = {}

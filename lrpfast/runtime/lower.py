@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from lrpfast.runtime.step import Step
 aten = torch.ops.aten
 
 
-_VIEWS = {
+VIEWS = {
     "reshape", "permute", "slice", "select", "expand", "squeeze", "unsqueeze", "transpose", "getitem", "view", "alias",
     "detach", "narrow", "flatten", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "constant_pad_nd",
 }  # fmt: skip
@@ -47,7 +48,7 @@ class Liveness:
         self.position = {n: i for i, n in enumerate(nodes)}
         self.root: dict[fx.Node, fx.Node] = {}
         for node in nodes:
-            is_view = node.op == "call_function" and operation_name(node) in _VIEWS and node.all_input_nodes
+            is_view = node.op == "call_function" and operation_name(node) in VIEWS and node.all_input_nodes
             self.root[node] = self.root.get(node.all_input_nodes[0], node.all_input_nodes[0]) if is_view else node
         last: dict[fx.Node, int] = {}
         for node in nodes:
@@ -91,7 +92,7 @@ class Lowering:
         program: Program,
         nodes: list[fx.Node],
         keep: set[fx.Node],
-        backend: str,
+        kernels: ModuleType,
         convolutions: Convolutions,
     ) -> None:
         self.program = program
@@ -99,7 +100,8 @@ class Lowering:
         self.nodes = nodes
         self.liveness = Liveness(nodes, keep)
         self.keep = keep
-        self.kernels = native if backend == "native" else reference
+        self.kernels = kernels
+        self.fused = kernels is not reference  # whether there are kernels for what torch does in several passes
         self._computed: set[fx.Node] = set()  # by an earlier step, together with its operand
         self._postponed: set[fx.Node] = set()  # to the step that adds it to another value
 
@@ -179,20 +181,20 @@ class Lowering:
     # --- pooling ---
 
     def _lower_max_pool2d_with_indices(self, node: fx.Node) -> Step | None:
-        return Step(node, native.max_pool, tuple(node.args)) if self._compact(node) else None
+        return Step(node, self.kernels.max_pool, tuple(node.args)) if self._compact(node) else None
 
     def _lower_max_pool_dgrad(self, node: fx.Node) -> Step:
         pool = node.args[1].args[0]
         compact = operation_name(pool) == "max_pool2d_with_indices" and self._compact(pool)
-        return Step(node, native.max_pool_dgrad if compact else TRANSPOSES["max_pool_dgrad"][1], tuple(node.args))
+        return Step(node, self.kernels.max_pool_dgrad if compact else TRANSPOSES["max_pool_dgrad"][1], tuple(node.args))
 
     def _compact(self, pool: fx.Node) -> bool:
         """Whether a max pool keeps one byte a window. Who won is asked by its way back alone."""
         taps = pool.args[1][0] * pool.args[1][1]
-        return self.kernels is native and taps <= 256 and native.takes(value(pool)[0])
+        return self.fused and taps <= 256 and self.kernels.takes(value(pool)[0])
 
     def _lower_avg_pool_dgrad(self, node: fx.Node) -> Step:
-        function = native.avg_pool_dgrad if self.kernels is native else TRANSPOSES["avg_pool_dgrad"][1]
+        function = self.kernels.avg_pool_dgrad if self.fused else TRANSPOSES["avg_pool_dgrad"][1]
         return Step(node, function, tuple(node.args))
 
     # --- elementwise steps ---
@@ -210,7 +212,7 @@ class Lowering:
             and self.liveness.dies_at(candidate, user)
         )
 
-    def _lower_ratio(self, node: fx.Node) -> Step:
+    def _lower_ratio(self, node: fx.Node) -> Step | None:
         carrier, message, denominator, eps = node.args
         if self._writable(message, node):
             return Step(node, self.kernels.ratio, (carrier, message, denominator, eps, message))
@@ -242,7 +244,7 @@ class Lowering:
         """A choice by the sign of a value in one pass, without the mask."""
         condition, upper, lower = node.args
         by_sign = is_tensor(condition) and condition.target is aten.ge.Scalar and condition.args[1] == 0
-        if not by_sign or self.kernels is not native or self.only_user(condition) is not node:
+        if not by_sign or not self.fused or self.only_user(condition) is not node:
             return None
         x = condition.args[0]
         same = (
@@ -253,20 +255,20 @@ class Lowering:
             return None
         self._postponed.add(condition)
         out = next((t for t in (upper, lower) if self._writable(t, node)), None)
-        return Step(node, native.select_by_sign, (x, upper, lower, out))
+        return Step(node, self.kernels.select_by_sign, (x, upper, lower, out))
 
     def _lower_relu(self, node: fx.Node) -> Step | None:
         return Step(node, aten.relu_.default, node.args) if self._writable(node.args[0], node) else None
 
     def _lower_add(self, node: fx.Node) -> Step | None:
         a, b = node.args[:2]
-        if not _is_plain_sum(node) or a is b:
+        if not is_plain_sum(node) or a is b:
             return None
         relu = self.only_user(node)
         same = value(a).dtype == value(b).dtype and same_sizes(value(a).shape, value(b).shape)
-        if relu is not None and relu.target is aten.relu.default and self.kernels is native and same:
+        if relu is not None and relu.target is aten.relu.default and self.fused and same:
             self._computed.add(relu)
-            return Step(relu, native.add_relu, (a, b), note="with its sum")
+            return Step(relu, self.kernels.add_relu, (a, b), note="with its sum")
         for left, right in ((a, b), (b, a)):
             if self._writable(left, node) and is_tensor(right) and value(right).dtype == value(node).dtype:
                 return self._accumulated(node, left, right) or Step(node, aten.add_.Tensor, (left, right))
@@ -333,7 +335,7 @@ def _into_pair(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _is_plain_sum(node: fx.Node) -> bool:
+def is_plain_sum(node: fx.Node) -> bool:
     """Whether a node is the sum of two tensors."""
     tensors = node.target is aten.add.Tensor and all(is_tensor(a) for a in node.args[:2])
     return tensors and argument(node, 2, "alpha", 1) == 1

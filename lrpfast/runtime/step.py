@@ -13,7 +13,7 @@ from torch import fx
 class Step:
     """One call: `node` is its result; `args` hold nodes, tensors and plain values.
 
-    `layers` are the layers that it computes, where that is not `node`; `note` says how.
+    `also` are the nodes of further results; `computes`, where a step does more than its node, the layers within it; `note` says how.
     """
 
     node: fx.Node
@@ -21,4 +21,5 @@ class Step:
     args: tuple
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     note: str = ""
-    layers: tuple[fx.Node, ...] = ()
+    also: tuple[fx.Node, ...] = ()
+    computes: tuple[fx.Node, ...] = ()

@@ -1,6 +1,6 @@
 """Tune: choose between ways to compute a step by timing them here, once, and remember the choice on disk.
 
-Which way is fastest depends on the processor, the threads, the shapes and the libraries' versions, so a choice is kept under all
+Which way is fastest depends on the processor or GPU, the threads, the shapes and the libraries' versions, so a choice is kept under all
 of these. All ways give the same result to rounding. The file can be deleted, damaged, or written by several processes at once: what is
 not in it is timed again.
 """
@@ -15,7 +15,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from typing import Any
 import torch
 
 _ROUNDS = 5
+_ROUNDS_ON_GPU = 21
+_L2_BYTES = 2**26  # more than the level-2 cache of an H100 holds
 # The first way is the one that is expected to win: another must be faster by more than timing scatters.
 _ADVANTAGE = 0.97
 
@@ -38,19 +40,27 @@ def cache_directory() -> Path:
 class Tuner:
     """Chooses, and remembers.
 
+    Parameters
+    ----------
+    directory
+        Where the file is; by default the user's cache folder.
+    device
+        What is timed on; by default the CPU. Each has its own file, a GPU by its name.
+
     Attributes
     ----------
     choices
         What was asked for so far: key -> (way, seconds of each way).
     """
 
-    def __init__(self, directory: Path | None = None) -> None:
-        self._path = (directory or cache_directory()) / f"cpu-{_machine()}.json"
+    def __init__(self, directory: Path | None = None, device: torch.device | None = None) -> None:
+        self._device = device or torch.device("cpu")
+        self._path = (directory or cache_directory()) / f"{self._device.type}-{_machine(self._device)}.json"
         self._known = _read(self._path)
         self._new: dict[str, dict[str, Any]] = {}
         self.choices: dict[str, dict[str, Any]] = {}
 
-    def choose(self, key: str, ways: Callable[[], dict[str, Callable[[], object]]]) -> str:
+    def choose(self, key: str, ways: Callable[[], Mapping[str, Callable[[], object]]]) -> str:
         """The name of the fastest of some ways; they are made and timed where the choice is not known.
 
         Parameters
@@ -63,7 +73,7 @@ class Tuner:
         entry = self._known.get(key)
         if entry is None:
             calls = ways()
-            seconds = _time(calls)
+            seconds = _time(calls) if self._device.type == "cpu" else _time_on(self._device, calls)
             first = next(iter(calls))
             best = min(seconds, key=lambda name: seconds[name])
             entry = {"way": best if seconds[best] < _ADVANTAGE * seconds[first] else first, "seconds": seconds}
@@ -77,11 +87,11 @@ class Tuner:
             return
         with suppress(OSError), _locked(self._path):
             merged = {**_read(self._path), **self._new}
-            _write(self._path, {"machine": _describe(), "choices": merged})
+            _write(self._path, {"machine": _describe(self._device), "choices": merged})
         self._new = {}
 
 
-def _time(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+def _time(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     """Median seconds of each, interleaved."""
     for call in calls.values():
         call()
@@ -94,7 +104,46 @@ def _time(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def _describe() -> dict[str, Any]:
+def _time_on(device: torch.device, calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Median seconds of each on a GPU, interleaved, by events on its stream; the level-2 cache is overwritten before each."""
+    flush = torch.empty(_L2_BYTES, dtype=torch.uint8, device=device)
+    for call in calls.values():
+        call()
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.cuda.device(device):
+        for _ in range(_ROUNDS_ON_GPU):
+            for name, call in calls.items():
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                flush.zero_()
+                begin.record()
+                call()
+                end.record()
+                end.synchronize()
+                taken[name].append(begin.elapsed_time(end) / 1000)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def _describe(device: torch.device) -> dict[str, Any]:
+    return _describe_cpu() if device.type == "cpu" else _describe_gpu(device)
+
+
+def _describe_gpu(device: torch.device) -> dict[str, Any]:
+    import triton
+
+    import lrpfast
+
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "capability": torch.cuda.get_device_capability(device),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "lrpfast": lrpfast.__version__,
+    }
+
+
+def _describe_cpu() -> dict[str, Any]:
     import lrpfast
 
     return {
@@ -106,8 +155,8 @@ def _describe() -> dict[str, Any]:
     }
 
 
-def _machine() -> str:
-    return hashlib.sha256(json.dumps(_describe(), sort_keys=True).encode()).hexdigest()[:16]
+def _machine(device: torch.device) -> str:
+    return hashlib.sha256(json.dumps(_describe(device), sort_keys=True).encode()).hexdigest()[:16]
 
 
 @functools.cache
