@@ -156,12 +156,12 @@ class Lowering:
 
     # --- layers ---
 
-    def _lower_convolution(self, node: fx.Node) -> list[Step]:
+    def _lower_convolution(self, node: fx.Node) -> list[Step] | Step | None:
         steps = self.convolutions.forward(node, self.only_user(node))
         self._computed |= {step.node for step in steps} - {node}
         return steps
 
-    def _lower_conv_dgrad(self, node: fx.Node) -> list[Step]:
+    def _lower_conv_dgrad(self, node: fx.Node) -> list[Step] | Step | None:
         return self.convolutions.dgrad(node)
 
     def only_user(self, node: fx.Node) -> fx.Node | None:
