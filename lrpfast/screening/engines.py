@@ -98,7 +98,8 @@ class _Batches(Dataset[Columns]):
 
 def local(work: Work) -> Generator[Done, None, None]:
     """Do the work here: a DataLoader decodes in processes of its own while this one explains. Raises as `run`."""
-    on_gpu = torch.cuda.is_available()
+    explain = PooledExplainer(work.build, work.pooling)
+    on_gpu = explain.device.type == "cuda"
     workers = _decoders(on_gpu) if work.workers is None else work.workers
     batches = [
         [*shard[start : start + work.batch_size]]
@@ -115,12 +116,9 @@ def local(work: Work) -> Generator[Done, None, None]:
         pin_memory=on_gpu,
     )
     try:
-        # Forked while this process is small: every page that it touches after the fork is copied. And decoding begins meanwhile.
-        decoded = iter(loader)
-        explain = PooledExplainer(work.build, work.pooling)
         yield _READY
         began = time.perf_counter()
-        for batch in decoded:
+        for batch in loader:
             waited = time.perf_counter() - began
             yield Done(explain(batch), waited)
             began = time.perf_counter()
