@@ -6,6 +6,7 @@ engine may give rows in any order and more than once; what is written is for `sh
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -115,13 +116,19 @@ def local(work: Work) -> Generator[Done, None, None]:
         collate_fn=_as_it_is,
         pin_memory=on_gpu,
     )
-    try:
-        yield _READY
+    yield _READY
+    began = time.perf_counter()
+    for batch in loader:
+        waited = time.perf_counter() - began
+        yield Done(explain(batch), waited)
         began = time.perf_counter()
-        for batch in loader:
-            waited = time.perf_counter() - began
-            yield Done(explain(batch), waited)
-            began = time.perf_counter()
+
+
+@contextlib.contextmanager
+def telling_of_lost_workers() -> Iterator[None]:
+    """Say in words what torch raises where a decoding process dies: from a signal's handler, so anywhere in the main thread."""
+    try:
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error) or isinstance(error, LrpfastError):
             raise
