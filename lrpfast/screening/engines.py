@@ -6,6 +6,7 @@ engine may give rows in any order and more than once; what is written is for `sh
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -98,7 +99,8 @@ class _Batches(Dataset[Columns]):
 
 def local(work: Work) -> Generator[Done, None, None]:
     """Do the work here: a DataLoader decodes in processes of its own while this one explains. Raises as `run`."""
-    on_gpu = torch.cuda.is_available()
+    explain = PooledExplainer(work.build, work.pooling)
+    on_gpu = explain.device.type == "cuda"
     workers = _decoders(on_gpu) if work.workers is None else work.workers
     batches = [
         [*shard[start : start + work.batch_size]]
@@ -114,16 +116,19 @@ def local(work: Work) -> Generator[Done, None, None]:
         collate_fn=_as_it_is,
         pin_memory=on_gpu,
     )
-    try:
-        # Forked while this process is small: every page that it touches after the fork is copied. And decoding begins meanwhile.
-        decoded = iter(loader)
-        explain = PooledExplainer(work.build, work.pooling)
-        yield _READY
+    yield _READY
+    began = time.perf_counter()
+    for batch in loader:
+        waited = time.perf_counter() - began
+        yield Done(explain(batch), waited)
         began = time.perf_counter()
-        for batch in decoded:
-            waited = time.perf_counter() - began
-            yield Done(explain(batch), waited)
-            began = time.perf_counter()
+
+
+@contextlib.contextmanager
+def telling_of_lost_workers() -> Iterator[None]:
+    """Say in words what torch raises where a decoding process dies: from a signal's handler, so anywhere in the main thread."""
+    try:
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error) or isinstance(error, LrpfastError):
             raise

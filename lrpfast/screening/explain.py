@@ -157,7 +157,7 @@ def _explain(
         if pending:
             collector = shards.Collector(plan)
             work = Work(source, shape, recipe.build, pooling, pending, batch_size, workers)
-            with contextlib.closing(engines.run(engine, work)) as parts:
+            with engines.telling_of_lost_workers(), contextlib.closing(engines.run(engine, work)) as parts:
                 next(parts)
                 bar.begin()
                 began = time.perf_counter()

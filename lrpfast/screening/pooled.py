@@ -105,6 +105,11 @@ class PooledExplainer:
         self._runnable, self._pooling = build(), pooling
         self._cells: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._runnable.device
+
     def __call__(self, batch: Columns) -> Columns:
         """Explain a batch as `decode` gives it; returns the columns of a shard, and `reason`.
 
