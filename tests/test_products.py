@@ -13,7 +13,7 @@ import lrpfast
 from lrpfast.errors import InputError
 from lrpfast.ops import gpu
 from lrpfast.runtime import Executor, products
-from lrpfast.runtime.products import right_ones
+from lrpfast.runtime.products_gpu import right_ones
 from lrpfast.runtime.tune import Tuner
 from tests.triton_kernels import DEVICE, kernels, needs_triton, poisoned_memory  # noqa: F401
 

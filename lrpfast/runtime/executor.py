@@ -116,7 +116,7 @@ def _lowering(
     if backend == "triton":
         from lrpfast.ops import triton
         from lrpfast.runtime.lower_gpu import GpuLowering
-        from lrpfast.runtime.products import Products
+        from lrpfast.runtime.products_gpu import Products
 
         products = Products(constants, triton, batch, tuner)
         convolutions = Convolutions(constants, batch, False, None)

@@ -22,7 +22,7 @@ from lrpfast.graph import Program, is_tensor, operation_name, same_sizes, value
 from lrpfast.ops.transposes import TRANSPOSES
 from lrpfast.runtime.convolutions import Convolutions
 from lrpfast.runtime.lower import Lowering, is_plain_sum
-from lrpfast.runtime.products import Fused, Product, Products, product_of, static_channels
+from lrpfast.runtime.products_gpu import Fused, Product, Products, product_of, static_channels
 from lrpfast.runtime.step import Step
 
 aten = torch.ops.aten
