@@ -35,7 +35,7 @@ figure: .venv/installed
 	$(python) -m lrpfast.demo -o demo --figure docs/maps.png
 
 table: .venv/installed .venv/tests
-	$(python) -m benchmarks.engine --markdown
+	$(python) -m benchmarks.cpu --sections models --markdown
 
 test: .venv/installed .venv/tests
 	$(python) -m pytest -n auto --benchmark-disable $(ARGS)
@@ -68,9 +68,10 @@ clean:
 	$(pip) install --editable ".[demo]"
 	touch $@
 
-# torchvision asks for the torch build that it was made beside; any build of that version serves its models.
+# torchvision asks for the torch build that it was made beside; any build of that version serves its models. Of virelay the tests
+# take the loader of projects, which needs neither its server nor the old pillow that it asks for.
 .venv/tests: pyproject.toml constraints.txt | .venv/installed
-	$(pip) install --no-deps torchvision
+	$(pip) install --no-deps torchvision virelay
 	$(pip) install "lrpfast[test]"
 	touch $@
 

@@ -3,11 +3,14 @@
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 
 import hypothesis
 import pytest
 import torch
+
+from lrpfast.runtime import convolutions
 
 # Workers share the cores: one thread each, else at most two.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
@@ -15,6 +18,10 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch
 # What is timed here, several workers at once, must not be remembered as this machine's choices.
 os.environ["LRPFAST_CACHE_DIR"] = tempfile.mkdtemp(prefix="lrpfast-tests-")
 atexit.register(shutil.rmtree, os.environ["LRPFAST_CACHE_DIR"], ignore_errors=True)
+
+# Timing the kernels of a network takes seconds, and which of them wins changes no result but for rounding. Tests of the choice
+# lower this again.
+convolutions._WORTH_TUNING = sys.maxsize
 
 # Where there is no GPU, Triton's kernels run in its interpreter. Triton asks when the kernels are imported, which is later.
 if not torch.cuda.is_available():

@@ -153,7 +153,7 @@ def test_errors_come_at_once_and_are_one_line(tmp_path, monkeypatch, options):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # a minute; .ci/run runs it by itself
 def test_the_whole_demo(tmp_path):
     output, figure = tmp_path / "demo", tmp_path / "docs" / "maps.png"
     result = CliRunner().invoke(demo.main, ["-o", str(output), "--figure", str(figure)], catch_exceptions=False)

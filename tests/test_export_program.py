@@ -168,7 +168,10 @@ def test_saved_program_explains_in_a_process_without_the_model(composite: str, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", ["resnet18", "mobilenet_v3_small", "convnext_tiny"])
+@pytest.mark.parametrize(
+    "network",
+    ["resnet18", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("mobilenet_v3_small", "convnext_tiny"))],
+)
 def test_saved_families_explain_in_a_process_without_the_model(network: str, tmp_path: Path) -> None:
     model = torchvision_network(network)
     inputs = images(2, 64, seed=7)

@@ -85,12 +85,16 @@ def check_against_oracle(family: str, composite: str) -> None:
     assert distance(explanation.relevance, relevance) < 1e-8
 
 
+# Their blocks stand in smaller families as well: run on request alone.
+LARGE = ("efficientnet_v2_s", "mobilenet_v3_large", "vgg11", "wide_resnet50_2")
+
+
 def in_turn() -> list[object]:
-    """All pairs of family and composite; of each family one is run, the rest on request."""
+    """All pairs of family and composite; of each family but the large ones one is run, the rest on request."""
     pairs = []
     for index, family in enumerate(FAMILIES):
         for place, composite in enumerate(COMPOSITES):
-            rest = place != index % len(COMPOSITES)
+            rest = place != index % len(COMPOSITES) or family in LARGE
             mark = pytest.mark.exhaustive if rest else pytest.mark.slow
             pairs.append(pytest.param(family, composite, marks=[mark]))
     return pairs
@@ -114,7 +118,7 @@ def test_the_overview_composite_runs(family: str) -> None:
     assert explanation.relevance.abs().max() > 0
 
 
-@pytest.mark.parametrize("family", some(("squeezenet1_1", "resnet18", "mobilenet_v3_small"), *FAMILIES))
+@pytest.mark.parametrize("family", some(("squeezenet1_1", "resnet18"), *FAMILIES))
 def test_gradient_everywhere_is_torchs_gradient(family: str) -> None:
     chosen = case(family)
     x = chosen.inputs.clone().requires_grad_()
@@ -124,7 +128,7 @@ def test_gradient_everywhere_is_torchs_gradient(family: str) -> None:
     assert distance(chosen.explain(GRADIENT).relevance, reference) < 1e-9
 
 
-@pytest.mark.parametrize("family", some(("squeezenet1_1", "resnet18", "mobilenet_v3_small"), *FAMILIES))
+@pytest.mark.parametrize("family", some(("squeezenet1_1", "resnet18"), *FAMILIES))
 def test_float32_module_and_both_backends_agree(family: str) -> None:
     """The user's way in: a module in float32, compiled for the example, with the automatic backend and the reference one."""
     chosen = case(family)

@@ -12,7 +12,7 @@ from torch import nn
 import lrpfast
 from lrpfast.errors import InputError
 from lrpfast.ops import gpu
-from lrpfast.runtime import Executor, products
+from lrpfast.runtime import Executor, products_gpu
 from lrpfast.runtime.products_gpu import right_ones
 from lrpfast.runtime.tune import Tuner
 from tests.triton_kernels import DEVICE, kernels, needs_triton, poisoned_memory  # noqa: F401
@@ -64,7 +64,7 @@ def test_ways_are_timed_checked_and_remembered(tmp_path: Path, monkeypatch: pyte
 
     def fake_time(calls):  # type: ignore[no-untyped-def]
         timed.append(set(calls))
-        return {name: 1.0 if name == products.TORCH else 0.5 for name in calls}
+        return {name: 1.0 if name == products_gpu.TORCH else 0.5 for name in calls}
 
     monkeypatch.setattr("lrpfast.runtime.tune._time", fake_time)
     monkeypatch.setattr("lrpfast.runtime.tune._time_on", lambda device, calls: fake_time(calls))
@@ -72,9 +72,11 @@ def test_ways_are_timed_checked_and_remembered(tmp_path: Path, monkeypatch: pyte
     assert compiled is not None
     tuner = Tuner(tmp_path)
     executor = Executor(compiled.joint(compiled.default_seed), "triton", False, 2, tuner)
-    assert timed and all(products.TORCH in names and not any(n.startswith("128x") for n in names) for names in timed)
+    assert timed and all(
+        products_gpu.TORCH in names and not any(n.startswith("128x") for n in names) for names in timed
+    )
     chosen = {tuner.choices[key]["way"] for key in executor.tuned.values()}
-    assert chosen and products.TORCH not in chosen and not any(way.startswith("128x") for way in chosen)
+    assert chosen and products_gpu.TORCH not in chosen and not any(way.startswith("128x") for way in chosen)
     assert any("torch" in line and "ms" in line for line in executor.choices)
     run = executor.start(x)
     next(run)

@@ -1,4 +1,4 @@
-"""The maps are zennit's: five networks, all of zennit's composites, in float32 and in float64.
+"""The maps are zennit's: five networks, zennit's composites, in float32 and in float64.
 
 In float32 the yardstick is zennit itself: how far its float32 map lies from its float64 map of the same input. In float64
 the two implementations agree to 1e-8 with plain zennit and a tiny `bn.eps`, and as well with the usual `eps` once zennit's
@@ -17,12 +17,21 @@ from tests.oracles.zennit_oracle import COMPOSITES, zennit_attribute, zennit_mod
 SIZE = 64
 QUICK = ("alexnet", "resnet18")
 SLOW = ("vgg11_bn", "vgg16", "resnet50")
-NETWORKS = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+
+
+def marks(network: str, place: int) -> list[pytest.MarkDecorator]:
+    """All composites of the quick networks; two slow ones take a third each, in turn, and the rest on request."""
+    if network in QUICK:
+        return []
+    in_turn = network != "vgg16" and place % len(SLOW) == SLOW.index(network)
+    return [pytest.mark.slow if in_turn else pytest.mark.exhaustive]
+
+
 # A network's tests follow one another, so that one float64 network of half a gigabyte is held at a time.
 CASES = [
-    pytest.param(network, composite, marks=[pytest.mark.slow] if network in SLOW else [])
+    pytest.param(network, composite, marks=marks(network, place))
     for network in (*QUICK, *SLOW)
-    for composite in COMPOSITES
+    for place, composite in enumerate(COMPOSITES)
 ]
 
 
@@ -99,7 +108,7 @@ def test_maps_are_zennits_for_the_seed_one(network: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "network", ["resnet18", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vgg11_bn", "resnet50"))]
+    "network", ["resnet18", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("vgg11_bn", "resnet50"))]
 )
 def test_maps_are_those_of_plain_zennit_where_the_batch_norms_have_a_tiny_eps(network: str) -> None:
     chosen = Case(network, eps=1e-15)
