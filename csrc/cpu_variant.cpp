@@ -3,6 +3,7 @@
 
 #include "channel_sum_cpu.h"
 #include "dense_cpu.h"
+#include "depthwise_cpu.h"
 #include "elementwise_cpu.h"
 #include "pair_cpu.h"
 #include "pointwise_cpu.h"
@@ -12,7 +13,8 @@
 
 namespace lrpfast {
 
-const Kernels LRPFAST_VARIANT = {ratio,       pair,     select_by_sign, add_relu, dense_dgrad,
-                                 channel_sum, max_pool, pool_dgrad,     winograd,    pointwise};
+const Kernels LRPFAST_VARIANT = {ratio,        pair,     select_by_sign, add_relu, dense,           dense_dgrad,
+                                 channel_sum,  max_pool, pool_dgrad,     winograd, winograd_weight, pointwise,
+                                 depthwise};
 
 }  // namespace lrpfast

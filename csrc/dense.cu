@@ -13,7 +13,7 @@ namespace {
 const char* message_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 template <typename T, int kChunks>
-const char* launch_with(const DenseArguments& a, cudaStream_t stream) {
+const char* launch_with(const CudaDenseArguments& a, cudaStream_t stream) {
   const std::size_t shared = 2 * a.inputs * sizeof(T);
   const cudaError_t allowed = cudaFuncSetAttribute(
       dense_ratio_dgrad_kernel<T, kChunks>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
@@ -32,7 +32,7 @@ const char* launch_with(const DenseArguments& a, cudaStream_t stream) {
 
 // As many sums in registers as the layer needs.
 template <typename T>
-const char* launch(const DenseArguments& a, cudaStream_t stream) {
+const char* launch(const CudaDenseArguments& a, cudaStream_t stream) {
   const std::int64_t chunks = (a.inputs / kVector<T> + kThreads - 1) / kThreads;
   constexpr int kMost = kSums / kVector<T>;
   if (chunks <= 1) {
@@ -62,7 +62,7 @@ const char* launch_dense_pair(const DensePairArguments& a, void* stream) {
   return message_of(cudaGetLastError());
 }
 
-const char* launch_dense_ratio_dgrad(const DenseArguments& a, void* stream) {
+const char* launch_dense_ratio_dgrad(const CudaDenseArguments& a, void* stream) {
   const cudaStream_t own = static_cast<cudaStream_t>(stream);
   if (a.dtype == CudaDType::kFloat32) {
     return launch<float>(a, own);

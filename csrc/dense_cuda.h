@@ -7,7 +7,7 @@ namespace lrpfast {
 enum class CudaDType : std::int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // A dense layer for one sample: `weight` [outputs, inputs], row by row, and vectors of its dtype. Pointers are device pointers.
-struct DenseArguments {
+struct CudaDenseArguments {
   const void* x;        // [inputs]
   const void* weight;   // rows start at multiples of 16 bytes
   const void* bias;     // [outputs], or null
@@ -35,6 +35,6 @@ struct DensePairArguments {
 
 // Enqueue on a CUDA stream of the current device. Return null, or what went wrong in launching.
 const char* launch_dense_pair(const DensePairArguments& arguments, void* stream);
-const char* launch_dense_ratio_dgrad(const DenseArguments& arguments, void* stream);
+const char* launch_dense_ratio_dgrad(const CudaDenseArguments& arguments, void* stream);
 
 }  // namespace lrpfast

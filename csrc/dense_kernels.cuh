@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads) dense_pair_kernel(DensePairArguments
 
 // s of one output. As in the reference: the quotient first, sgn(0) = +1, and with eps 0 nothing where z is 0.
 template <typename T>
-__device__ float ratio(const DenseArguments& a, std::int64_t row, float z) {
+__device__ float ratio(const CudaDenseArguments& a, std::int64_t row, float z) {
   const float stable = z + (z >= 0.0f ? a.eps : -a.eps);
   const float message = wide(static_cast<const T*>(a.message)[row]);
   if (a.eps == 0.0f && z == 0.0f) {
@@ -114,7 +114,7 @@ __device__ float ratio(const DenseArguments& a, std::int64_t row, float z) {
 
 // Start copying a row into shared memory. A thread copies what it will read itself, so it has nobody to wait for.
 template <typename T, int kChunks>
-__device__ void fetch(const DenseArguments& a, std::int64_t row, uint4* buffer, int chunks) {
+__device__ void fetch(const CudaDenseArguments& a, std::int64_t row, uint4* buffer, int chunks) {
   if (row < a.outputs) {
     const uint4* weight = reinterpret_cast<const uint4*>(static_cast<const T*>(a.weight) + row * a.inputs);
 #pragma unroll
@@ -129,7 +129,7 @@ __device__ void fetch(const DenseArguments& a, std::int64_t row, uint4* buffer, 
 }
 
 template <typename T, int kChunks>
-__global__ void __launch_bounds__(kThreads) dense_ratio_dgrad_kernel(DenseArguments a) {
+__global__ void __launch_bounds__(kThreads) dense_ratio_dgrad_kernel(CudaDenseArguments a) {
   LRPFAST_DYNAMIC_SHARED(rows);  // two rows
   __shared__ float parts[2][kWarps];
   const int chunks = static_cast<int>(a.inputs / kVector<T>);
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kThreads) dense_ratio_dgrad_kernel(DenseArgume
 
 // The blocks' sums, added in order.
 template <typename T>
-__global__ void dense_total_kernel(DenseArguments a) {
+__global__ void dense_total_kernel(CudaDenseArguments a) {
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= a.inputs) {
     return;

@@ -39,29 +39,15 @@ inline void finish(const Epilogue& e, Lanes sum, std::int64_t column, float* res
   if (e.add) {
     sum = sum + lanes(result + at);
   }
-  if (e.relu) {
-    sum = sum <= Lanes{} ? Lanes{} : sum;  // a NaN stays
+  if (e.clamp) {
+    const Lanes low = lanes(e.low), high = lanes(e.high);
+    sum = sum <= low ? low : sum;
+    sum = sum > high ? high : sum;
   }
   if (e.sign) {
     sum = lanes(e.sign + at) >= Lanes{} ? lanes(result + at) : sum;
   }
   put(result + at, sum);
-}
-
-// Asks for what `finish` will read there, so that it comes while products are computed.
-inline void prefetch(const Epilogue& e, std::int64_t at) {
-  if (e.message_a) {
-    __builtin_prefetch(e.message_a + at, 0, 2);
-    if (e.message_b) {
-      __builtin_prefetch(e.message_b + at, 0, 2);
-    }
-    if (e.carrier) {
-      __builtin_prefetch(e.carrier + at, 0, 2);
-    }
-  }
-  if (e.sign) {
-    __builtin_prefetch(e.sign + at, 0, 2);
-  }
 }
 
 // The same for `count` < kLanes columns, the last of a row: what lies behind them is neither read nor written.
@@ -78,7 +64,7 @@ inline void finish_part(const Epilogue& e, Lanes sum, std::int64_t column, float
     }
   }
   const auto part = [&](int i) { return sources[i] ? parts[i] : nullptr; };
-  const Epilogue whole = {part(0), e.add, e.relu, part(1), part(2), part(3), part(4), e.eps};
+  const Epilogue whole = {part(0), e.add, e.clamp, e.low, e.high, part(1), part(2), part(3), part(4), e.eps};
   finish(whole, sum, 0, parts[5], 0);
   std::memcpy(result + at, parts[5], bytes);
 }

@@ -50,9 +50,45 @@ inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
 #endif
 }
 
+// Memory that is asked for while products are computed, a little at a time: in bursts it would keep them waiting.
+constexpr std::int64_t kLine = 16;   // floats a cache line
+constexpr std::int64_t kFetch = 8;   // steps in depth from one time to the next
+class Fetch {
+ public:
+  // `size` floats, all of which are asked for within `times` times.
+  void add(const float* from, std::int64_t size, std::int64_t times) {
+    if (from && size > 0) {
+      streams_[count_++] = {from, from + size, ((size + kLine - 1) / kLine + times - 1) / times * kLine};
+    }
+  }
+
+  void operator()() {
+    for (int i = 0; i < count_; ++i) {
+      Stream& stream = streams_[i];
+      const float* end = stream.at + smaller(stream.step, stream.end - stream.at);
+      for (; stream.at < end; stream.at += kLine) {
+        __builtin_prefetch(stream.at, 0, 2);
+      }
+    }
+  }
+
+ private:
+  struct Stream {
+    const float *at, *end;
+    std::int64_t step;
+  };
+  Stream streams_[6];
+  int count_ = 0;
+};
+
+struct NoFetch {
+  void operator()() {}
+};
+
 // sink(row, column, lanes) takes `kRows` rows by `kVectors` vectors of the product a b.
-template <int kRows, int kVectors, typename Sink>
-inline void multiply_block(const float* a, std::int64_t a_stride, const float* b, std::int64_t depth, Sink&& sink) {
+template <int kRows, int kVectors, typename Sink, typename Fetcher>
+inline void multiply_block(const float* a, std::int64_t a_stride, const float* b, std::int64_t depth, Sink&& sink,
+                           Fetcher&& fetch) {
   Lanes sum[kRows][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -62,6 +98,9 @@ inline void multiply_block(const float* a, std::int64_t a_stride, const float* b
     }
   }
   for (std::int64_t k = 0; k < depth; ++k, b += kPanel) {
+    if (k % kFetch == 0) {
+      fetch();
+    }
     Lanes right[kVectors];
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) {
@@ -85,40 +124,40 @@ inline void multiply_block(const float* a, std::int64_t a_stride, const float* b
   }
 }
 
-template <int kRows, int kVectors, typename Sink>
+template <int kRows, int kVectors, typename Sink, typename Fetcher>
 void multiply_rest(std::int64_t rows, const float* a, std::int64_t a_stride, const float* b, std::int64_t depth,
-                   Sink&& sink) {
+                   Sink&& sink, Fetcher&& fetch) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      multiply_block<kRows, kVectors>(a, a_stride, b, depth, sink);
+      multiply_block<kRows, kVectors>(a, a_stride, b, depth, sink, fetch);
     } else {
-      multiply_rest<kRows - 1, kVectors>(rows, a, a_stride, b, depth, sink);
+      multiply_rest<kRows - 1, kVectors>(rows, a, a_stride, b, depth, sink, fetch);
     }
   }
 }
 
 // The columns of b that kVectors vectors hold.
-template <int kVectors, typename Sink>
+template <int kVectors, typename Sink, typename Fetcher>
 void multiply_columns(std::int64_t rows, const float* a, std::int64_t a_stride, const float* b, std::int64_t depth,
-                      Sink&& sink) {
+                      Sink&& sink, Fetcher&& fetch) {
   std::int64_t row = 0;
   const auto shifted = [&](int i, std::int64_t j, Lanes sum) { sink(row + i, j, sum); };
   for (; row + kBlockRows <= rows; row += kBlockRows) {
-    multiply_block<kBlockRows, kVectors>(a + row * a_stride, a_stride, b, depth, shifted);
+    multiply_block<kBlockRows, kVectors>(a + row * a_stride, a_stride, b, depth, shifted, fetch);
   }
-  multiply_rest<kBlockRows - 1, kVectors>(rows - row, a + row * a_stride, a_stride, b, depth, shifted);
+  multiply_rest<kBlockRows - 1, kVectors>(rows - row, a + row * a_stride, a_stride, b, depth, shifted, fetch);
 }
 
 // a b for one panel of b: `rows` rows, kPanel columns, of which those from `columns` on are not wanted.
-template <typename Sink>
+template <typename Sink, typename Fetcher = NoFetch>
 void multiply_panel(std::int64_t rows, const float* a, std::int64_t a_stride, const float* panel, std::int64_t depth,
-                    std::int64_t columns, Sink&& sink) {
+                    std::int64_t columns, Sink&& sink, Fetcher&& fetch = {}) {
   for (std::int64_t column = 0; column < columns; column += kBlockLanes * kLanes) {
     const auto shifted = [&](std::int64_t i, std::int64_t j, Lanes sum) { sink(i, column + j, sum); };
     if (column + kLanes < columns) {
-      multiply_columns<kBlockLanes>(rows, a, a_stride, panel + column, depth, shifted);
+      multiply_columns<kBlockLanes>(rows, a, a_stride, panel + column, depth, shifted, fetch);
     } else {
-      multiply_columns<1>(rows, a, a_stride, panel + column, depth, shifted);
+      multiply_columns<1>(rows, a, a_stride, panel + column, depth, shifted, fetch);
     }
   }
 }

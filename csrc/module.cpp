@@ -22,7 +22,9 @@ namespace {
 
 using lrpfast::AddReluArguments;
 using lrpfast::ChannelSumArguments;
+using lrpfast::DenseArguments;
 using lrpfast::DenseDgradArguments;
+using lrpfast::DepthwiseArguments;
 using lrpfast::DType;
 using lrpfast::Epilogue;
 using lrpfast::MaxPoolArguments;
@@ -33,6 +35,7 @@ using lrpfast::PoolDgradArguments;
 using lrpfast::RatioArguments;
 using lrpfast::SelectArguments;
 using lrpfast::WinogradArguments;
+using lrpfast::WinogradWeightArguments;
 using lrpfast::Window;
 
 // Below this many elements read a thread, waking another costs more than it saves.
@@ -44,6 +47,8 @@ template <typename Function>
 Function as_function(std::uintptr_t address) {
   return reinterpret_cast<Function>(address);
 }
+
+const float* floats(std::uintptr_t address) { return reinterpret_cast<const float*>(address); }
 
 Operand operand(std::uintptr_t data, int dtype, bool broadcast) {
   return {reinterpret_cast<const void*>(data), static_cast<DType>(dtype), broadcast};
@@ -110,7 +115,7 @@ const char* cuda_dense_ratio_dgrad(std::uintptr_t x, std::uintptr_t weight, std:
                                    std::uintptr_t message, std::uintptr_t partial, std::uintptr_t result,
                                    std::int64_t outputs, std::int64_t inputs, int blocks, int dtype, double eps,
                                    std::uintptr_t stream) {
-  const lrpfast::DenseArguments arguments = {
+  const lrpfast::CudaDenseArguments arguments = {
       reinterpret_cast<const void*>(x),
       reinterpret_cast<const void*>(weight),
       reinterpret_cast<const void*>(bias),
@@ -174,10 +179,40 @@ void add_relu(std::uintptr_t a, std::uintptr_t b, int dtype, std::uintptr_t resu
 // Rows (or columns) of a size that are worth a thread.
 std::int64_t row_grain(std::int64_t row_size) { return row_size < kGrain ? kGrain / (row_size > 0 ? row_size : 1) : 1; }
 
+using Pair = std::array<std::int64_t, 2>;
+using Scales = std::array<double, 2>;
+
+void dense(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t scaled_bias,
+           std::uintptr_t result, std::uintptr_t scaled_result, std::int64_t batch, std::int64_t outputs,
+           std::int64_t inputs, Scales scales, int threads) {
+  const DenseArguments arguments = {floats(x),
+                                    floats(weight),
+                                    floats(bias),
+                                    floats(scaled_bias),
+                                    reinterpret_cast<float*>(result),
+                                    reinterpret_cast<float*>(scaled_result),
+                                    batch,
+                                    outputs,
+                                    inputs,
+                                    {static_cast<float>(scales[0]), static_cast<float>(scales[1])}};
+  lrpfast::parallel_for(
+      outputs, row_grain(batch * inputs), 16, threads,
+      [](const void* context, std::int64_t begin, std::int64_t end) {
+        lrpfast::kernels().dense(*static_cast<const DenseArguments*>(context), begin, end);
+      },
+      &arguments);
+}
+
 void dense_dgrad(std::uintptr_t s, std::uintptr_t weight, std::uintptr_t result, std::int64_t batch,
-                 std::int64_t outputs, std::int64_t inputs, int threads) {
-  const DenseDgradArguments arguments = {reinterpret_cast<const float*>(s), reinterpret_cast<const float*>(weight),
-                                         reinterpret_cast<float*>(result), batch, outputs, inputs};
+                 std::int64_t outputs, std::int64_t inputs, bool scaled, Scales scales, int threads) {
+  const DenseDgradArguments arguments = {floats(s),
+                                         floats(weight),
+                                         reinterpret_cast<float*>(result),
+                                         batch,
+                                         outputs,
+                                         inputs,
+                                         scaled,
+                                         {static_cast<float>(scales[0]), static_cast<float>(scales[1])}};
   lrpfast::parallel_for(
       inputs, row_grain(batch * outputs), kUnit, threads,
       [](const void* context, std::int64_t begin, std::int64_t end) {
@@ -205,8 +240,6 @@ void channel_sum(std::uintptr_t carrier, int carrier_dtype, bool carrier_broadca
       },
       &arguments);
 }
-
-using Pair = std::array<std::int64_t, 2>;
 
 Window window(Pair size, Pair out_size, Pair kernel, Pair stride, Pair padding, Pair dilation, std::int64_t channels) {
   return {{size[0], size[1]},       {out_size[0], out_size[1]}, {kernel[0], kernel[1]}, {stride[0], stride[1]},
@@ -254,15 +287,14 @@ void run_shares(const Arguments& arguments) {
       &arguments);
 }
 
-const float* floats(std::uintptr_t address) { return reinterpret_cast<const float*>(address); }
+// bias, add, clamp, low, high, sign, carrier, message_a, message_b, eps
+using EpilogueTuple = std::tuple<std::uintptr_t, bool, bool, double, double, std::uintptr_t, std::uintptr_t,
+                                 std::uintptr_t, std::uintptr_t, double>;
 
-// bias, add, relu, sign, carrier, message_a, message_b, eps
-using EpilogueTuple = std::tuple<std::uintptr_t, bool, bool, std::uintptr_t, std::uintptr_t, std::uintptr_t,
-                                 std::uintptr_t, double>;
-
-Epilogue epilogue(const EpilogueTuple& e) {
-  return {floats(std::get<0>(e)), std::get<1>(e),         std::get<2>(e),         floats(std::get<3>(e)),
-          floats(std::get<4>(e)), floats(std::get<5>(e)), floats(std::get<6>(e)), static_cast<float>(std::get<7>(e))};
+Epilogue epilogue(const EpilogueTuple& given) {
+  const auto& [bias, add, clamp, low, high, sign, carrier, message_a, message_b, eps] = given;
+  return {floats(bias), add,  clamp, static_cast<float>(low), static_cast<float>(high), floats(sign), floats(carrier),
+          floats(message_a), floats(message_b), static_cast<float>(eps)};
 }
 
 void winograd(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t result, std::uintptr_t workspace,
@@ -282,6 +314,23 @@ void winograd(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t result
                                                               chunk,
                                                               threads,
                                                               epilogue(then)});
+}
+
+void winograd_weight(std::uintptr_t given, std::int64_t filter_stride, std::int64_t channel_stride, Pair tap_strides,
+                     std::uintptr_t result, std::int64_t filters, std::int64_t channels, int threads) {
+  const WinogradWeightArguments arguments = {floats(given),
+                                             filter_stride,
+                                             channel_stride,
+                                             {tap_strides[0], tap_strides[1]},
+                                             reinterpret_cast<float*>(result),
+                                             filters,
+                                             channels};
+  lrpfast::parallel_for(
+      filters / 32, row_grain(32 * channels), 1, threads,
+      [](const void* context, std::int64_t begin, std::int64_t end) {
+        lrpfast::kernels().winograd_weight(*static_cast<const WinogradWeightArguments*>(context), begin, end);
+      },
+      &arguments);
 }
 
 void pointwise(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t lower, std::uintptr_t result,
@@ -305,6 +354,30 @@ void pointwise(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t lower
                                                                 epilogue(then)});
 }
 
+void depthwise(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t result, std::int64_t images, Pair size,
+               Pair out_size, Pair kernel, Pair stride, Pair padding, Pair dilation, std::int64_t channels,
+               bool transposed, EpilogueTuple then, int threads) {
+  const DepthwiseArguments arguments = {floats(input),
+                                        floats(weight),
+                                        reinterpret_cast<float*>(result),
+                                        images,
+                                        {size[0], size[1]},
+                                        {out_size[0], out_size[1]},
+                                        {kernel[0], kernel[1]},
+                                        {stride[0], stride[1]},
+                                        {padding[0], padding[1]},
+                                        {dilation[0], dilation[1]},
+                                        channels,
+                                        transposed,
+                                        epilogue(then)};
+  lrpfast::parallel_for(
+      images * out_size[0], row_grain(out_size[1] * channels), 1, threads,
+      [](const void* context, std::int64_t begin, std::int64_t end) {
+        lrpfast::kernels().depthwise(*static_cast<const DepthwiseArguments*>(context), begin, end);
+      },
+      &arguments);
+}
+
 py::dict build_info() {
   py::dict info;
 #if defined(__clang__)
@@ -326,12 +399,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("pair", &pair, py::call_guard<py::gil_scoped_release>());
   m.def("select_by_sign", &select_by_sign, py::call_guard<py::gil_scoped_release>());
   m.def("add_relu", &add_relu, py::call_guard<py::gil_scoped_release>());
+  m.def("dense", &dense, py::call_guard<py::gil_scoped_release>());
   m.def("dense_dgrad", &dense_dgrad, py::call_guard<py::gil_scoped_release>());
   m.def("channel_sum", &channel_sum, py::call_guard<py::gil_scoped_release>());
   m.def("max_pool", &max_pool, py::call_guard<py::gil_scoped_release>());
   m.def("pool_dgrad", &pool_dgrad, py::call_guard<py::gil_scoped_release>());
+  m.def("depthwise", &depthwise, py::call_guard<py::gil_scoped_release>());
   m.def("pointwise", &pointwise, py::call_guard<py::gil_scoped_release>());
   m.def("winograd", &winograd, py::call_guard<py::gil_scoped_release>());
+  m.def("winograd_weight", &winograd_weight, py::call_guard<py::gil_scoped_release>());
 #if LRPFAST_CUDA_BUILT
   m.def("cuda_ratio", &cuda_ratio, py::call_guard<py::gil_scoped_release>());
   m.def("cuda_dense_pair", &cuda_dense_pair, py::call_guard<py::gil_scoped_release>());

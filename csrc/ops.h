@@ -61,13 +61,26 @@ struct ChannelSumArguments {
   bool channels_last;  // a row is [positions, channels]; else [channels, positions]
 };
 
-// result[n, i] = sum over o of s[n, o] * weight[o, i]: the transpose of a dense layer for a small batch. All float32, rows
-// contiguous.
+// Dense layers of small batches, float32, rows contiguous. With `scales` a weight w counts as scales[0] * w where it is positive and
+// as scales[1] * w elsewhere (RULES.md §2: W⁺, W⁻, W + gamma W⁺), without such a weight in memory.
+
+// result[n, i] = sum over o of s[n, o] * weight[o, i]: the transpose.
 struct DenseDgradArguments {
   const float* s;
   const float* weight;
   float* result;
   std::int64_t batch, outputs, inputs;
+  bool scaled;
+  float scales[2];
+};
+
+// result[n, o] = bias[o] + sum over i of weight[o, i] * x[n, i], and scaled_result the same with the scaled weight and its bias.
+struct DenseArguments {
+  const float *x, *weight;
+  const float *bias, *scaled_bias;  // may be null
+  float *result, *scaled_result;    // one of them may be null
+  std::int64_t batch, outputs, inputs;
+  float scales[2];
 };
 
 // Pooling windows over channels-last images; arrays hold height, then width.
@@ -101,7 +114,8 @@ struct PoolDgradArguments {
 struct Epilogue {
   const float* bias;  // one a column, added; null: none
   bool add;           // to what the result holds
-  bool relu;
+  bool clamp;         // to [low, high]; a NaN stays
+  float low, high;
   const float* sign;  // given: what the result holds stays where sign >= 0
   // Given message_a: result = carrier * (message_a + message_b) / S(sum), see RatioArguments; carrier and message_b may be null.
   const float *carrier, *message_a, *message_b;
@@ -122,6 +136,14 @@ struct WinogradArguments {
   Epilogue epilogue;
 };
 
+// result = G g G' of 3 x 3 filters, as `winograd` takes them.
+struct WinogradWeightArguments {
+  const float* given;  // element [filter, channel, y, x] at the sum of index * stride
+  std::int64_t filter_stride, channel_stride, tap_strides[2];
+  float* result;  // [16][filters / 32][channels][32]
+  std::int64_t filters, channels;
+};
+
 // result = convolution of images with 1 x 1 filters (pointwise_cpu.h): channels-last, float32. With `by_sign` the weight is that
 // of the channels' positive parts, followed by that of their negative ones. With `lower`, a second weight, the result is
 // sign >= 0 ? the product with `weight` : the product with `lower`; the epilogue then has its sign and nothing else.
@@ -137,6 +159,17 @@ struct PointwiseArguments {
   Epilogue epilogue;
 };
 
+// result = convolution of images with one filter a channel (depthwise_cpu.h), or its transpose: channels-last, float32. A filter
+// has at most 64 taps, and 8 along an axis.
+struct DepthwiseArguments {
+  const float* input;   // [images, size, channels]
+  const float* weight;  // [kernel, channels]
+  float* result;        // [images, out_size, channels]
+  std::int64_t images, size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2], channels;
+  bool transposed;  // stride, padding and dilation are those of the convolution that maps the result's size to the input's
+  Epilogue epilogue;
+};
+
 // One set of kernels an instruction set. Each computes the range [begin, end) of the result: elements, or rows of
 // images where it says so.
 struct Kernels {
@@ -144,12 +177,15 @@ struct Kernels {
   void (*pair)(const PairArguments&, std::int64_t begin, std::int64_t end);
   void (*select_by_sign)(const SelectArguments&, std::int64_t begin, std::int64_t end);
   void (*add_relu)(const AddReluArguments&, std::int64_t begin, std::int64_t end);
-  void (*dense_dgrad)(const DenseDgradArguments&, std::int64_t begin, std::int64_t end);
+  void (*dense)(const DenseArguments&, std::int64_t begin, std::int64_t end);             // outputs
+  void (*dense_dgrad)(const DenseDgradArguments&, std::int64_t begin, std::int64_t end);  // inputs
   void (*channel_sum)(const ChannelSumArguments&, std::int64_t begin, std::int64_t end);
   void (*max_pool)(const MaxPoolArguments&, std::int64_t begin, std::int64_t end);
   void (*pool_dgrad)(const PoolDgradArguments&, std::int64_t begin, std::int64_t end);
   void (*winograd)(const WinogradArguments&, std::int64_t begin, std::int64_t end);    // shares
+  void (*winograd_weight)(const WinogradWeightArguments&, std::int64_t begin, std::int64_t end);  // panels of 32 filters
   void (*pointwise)(const PointwiseArguments&, std::int64_t begin, std::int64_t end);  // shares
+  void (*depthwise)(const DepthwiseArguments&, std::int64_t begin, std::int64_t end);  // rows
 };
 
 extern const Kernels kernels_default;

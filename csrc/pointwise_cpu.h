@@ -7,7 +7,6 @@
 namespace lrpfast {
 namespace {
 
-constexpr std::int64_t kLine = 16;    // floats a cache line
 constexpr std::int64_t kDepth = 256;  // summed up at a time: rounding stays small, and a panel stays in the first-level cache
 
 // Where a row's channels lie.
@@ -43,28 +42,41 @@ void gather_rows(const PointwiseArguments& a, std::int64_t first, std::int64_t c
   }
 }
 
-// The product of some rows with one weight, all filters: to `products`, whose rows are as many whole panels. Meanwhile what comes
-// after is fetched: the operands of the epilogue, and `ahead` floats of the rows behind these.
+// The product of some rows with one weight, all filters: to `products`, whose rows are as many whole panels.
 void multiply_rows(const PointwiseArguments& a, const float* weight, const float* rows, std::int64_t stride,
-                   std::int64_t first, std::int64_t count, float* products, std::int64_t width, const float* next,
-                   std::int64_t ahead) {
-  const std::int64_t depth = pointwise_depth(a), share = ahead * kPanel / width;
+                   std::int64_t count, float* products, std::int64_t width, Fetch& fetch) {
+  const std::int64_t depth = pointwise_depth(a);
   for (std::int64_t panel = 0; panel < a.filters; panel += kPanel) {
     float* to = products + panel;
-    const std::int64_t at = first * a.filters + panel;
-    for (std::int64_t i = 0; i < share; i += kLine) {
-      __builtin_prefetch(next + i, 0, 2);
-    }
-    next += share;
     for (std::int64_t k = 0; k < depth; k += kDepth) {
-      multiply_panel(count, rows + k, stride, weight + panel * depth + k * kPanel, smaller(kDepth, depth - k),
-                     smaller(kPanel, a.filters - panel), [&](std::int64_t row, std::int64_t column, Lanes sum) {
-                       float* product = to + row * width + column;
-                       put(product, k == 0 ? sum : lanes(static_cast<const float*>(product)) + sum);
-                       prefetch(a.epilogue, at + row * a.filters + column);
-                     });
+      multiply_panel(
+          count, rows + k, stride, weight + panel * depth + k * kPanel, smaller(kDepth, depth - k),
+          smaller(kPanel, a.filters - panel),
+          [&](std::int64_t row, std::int64_t column, Lanes sum) {
+            float* product = to + row * width + column;
+            put(product, k == 0 ? sum : lanes(static_cast<const float*>(product)) + sum);
+          },
+          fetch);
     }
   }
+}
+
+// What is asked for while `count` rows are multiplied: what their epilogue reads and writes, and the rows behind them.
+Fetch pointwise_fetch(const PointwiseArguments& a, std::int64_t first, std::int64_t count, std::int64_t end) {
+  const std::int64_t blocks = (count + kBlockRows - 1) / kBlockRows, panels = (a.filters + kPanel - 1) / kPanel;
+  const std::int64_t times = blocks * panels * ((pointwise_depth(a) + kFetch - 1) / kFetch);
+  const std::int64_t at = first * a.filters, size = count * a.filters;
+  const Epilogue& e = a.epilogue;
+  Fetch fetch;
+  const bool over = e.message_a == a.result || e.message_b == a.result;
+  const float* operands[] = {e.message_a, e.message_b, e.carrier, e.sign, over ? nullptr : a.result};
+  for (const float* operand : operands) {
+    fetch.add(operand ? operand + at : nullptr, size, times);
+  }
+  if (a.stride[0] == 1 && a.stride[1] == 1) {
+    fetch.add(a.input + (first + count) * a.channels, smaller(a.block, end - first - count) * a.channels, times);
+  }
+  return fetch;
 }
 
 // Products become results in the order in which these lie in memory, all filters of a row, then the next row.
@@ -83,7 +95,7 @@ void finish_rows(const PointwiseArguments& a, const Epilogue& epilogue, std::int
 }
 
 void pointwise_rows(const PointwiseArguments& a, std::int64_t begin, std::int64_t end, float* workspace) {
-  const bool gathered = gathers(a), contiguous = a.stride[0] == 1 && a.stride[1] == 1;
+  const bool gathered = gathers(a);
   const std::int64_t depth = pointwise_depth(a), stride = gathered ? depth + kSkew : a.channels;
   const std::int64_t width = (a.filters + kPanel - 1) / kPanel * kPanel;
   float* products = workspace + a.block * (depth + kSkew);
@@ -93,12 +105,11 @@ void pointwise_rows(const PointwiseArguments& a, std::int64_t begin, std::int64_
       gather_rows(a, first, count, workspace, stride);
     }
     const float* rows = gathered ? workspace : input_row(a, first);
-    const std::int64_t behind = contiguous ? smaller(a.block, end - first - count) * a.channels : 0;
-    const float* next = input_row(a, first) + (contiguous ? count * a.channels : 0);
-    multiply_rows(a, a.weight, rows, stride, first, count, products, width, next, behind);
+    Fetch fetch = pointwise_fetch(a, first, count, end);
+    multiply_rows(a, a.weight, rows, stride, count, products, width, fetch);
     finish_rows(a, a.lower ? Epilogue{} : a.epilogue, first, count, products, width);
     if (a.lower) {
-      multiply_rows(a, a.lower, rows, stride, first, count, products, width, next, 0);
+      multiply_rows(a, a.lower, rows, stride, count, products, width, fetch);
       finish_rows(a, a.epilogue, first, count, products, width);
     }
   }

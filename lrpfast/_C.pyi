@@ -5,8 +5,8 @@ from typing import TypedDict
 
 _Pair = Sequence[int]
 _Epilogue = tuple[
-    int, bool, bool, int, int, int, int, float
-]  # bias, add, relu, sign, carrier, message_a, message_b, eps
+    int, bool, bool, float, float, int, int, int, int, float
+]  # bias, add, clamp, low, high, sign, carrier, message_a, message_b, eps
 
 class BuildInfo(TypedDict):
     compiler: str
@@ -86,7 +86,32 @@ def select_by_sign(
     x: int, x_dtype: int, upper: int, lower: int, dtype: int, result: int, size: int, threads: int, /
 ) -> None: ...
 def add_relu(a: int, b: int, dtype: int, result: int, size: int, threads: int, /) -> None: ...
-def dense_dgrad(s: int, weight: int, result: int, batch: int, outputs: int, inputs: int, threads: int, /) -> None: ...
+def dense(
+    x: int,
+    weight: int,
+    bias: int,
+    scaled_bias: int,
+    result: int,
+    scaled_result: int,
+    batch: int,
+    outputs: int,
+    inputs: int,
+    scales: tuple[float, float],
+    threads: int,
+    /,
+) -> None: ...
+def dense_dgrad(
+    s: int,
+    weight: int,
+    result: int,
+    batch: int,
+    outputs: int,
+    inputs: int,
+    scaled: bool,
+    scales: tuple[float, float],
+    threads: int,
+    /,
+) -> None: ...
 def max_pool(
     input: int,
     dtype: int,
@@ -134,6 +159,34 @@ def winograd(
     filters: int,
     block: int,
     chunk: int,
+    then: _Epilogue,
+    threads: int,
+    /,
+) -> None: ...
+def winograd_weight(
+    given: int,
+    filter_stride: int,
+    channel_stride: int,
+    tap_strides: _Pair,
+    result: int,
+    filters: int,
+    channels: int,
+    threads: int,
+    /,
+) -> None: ...
+def depthwise(
+    input: int,
+    weight: int,
+    result: int,
+    images: int,
+    size: _Pair,
+    out_size: _Pair,
+    kernel: _Pair,
+    stride: _Pair,
+    padding: _Pair,
+    dilation: _Pair,
+    channels: int,
+    transposed: bool,
     then: _Epilogue,
     threads: int,
     /,

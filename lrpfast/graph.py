@@ -18,6 +18,8 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensorMode
 
+from lrpfast.ops.reference import Scales
+
 aten = torch.ops.aten
 
 
@@ -30,6 +32,7 @@ class Constants(MutableMapping[str, torch.Tensor]):
     def __init__(self) -> None:
         self._tensors: dict[str, torch.Tensor | None] = {}
         self._makers: dict[str, Callable[[], torch.Tensor]] = {}
+        self._scaled: dict[str, tuple[str, Scales]] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self._tensors[name]
@@ -54,6 +57,14 @@ class Constants(MutableMapping[str, torch.Tensor]):
     def derive(self, name: str, make: Callable[[], torch.Tensor]) -> None:
         """Say how a constant is made. `make` may ask for other constants, and must not hold on to what it gets."""
         self._makers[name] = make
+
+    def scale(self, name: str, source: str, scales: Scales) -> None:
+        """Say that a constant is another one, its positive values and its negative ones multiplied by a number each."""
+        self._scaled[name] = source, scales
+
+    def scaled(self, name: str) -> tuple[str, Scales] | None:
+        """The constant that one is made of by `scale`, and how."""
+        return self._scaled.get(name)
 
     def is_derived(self, name: str) -> bool:
         return name in self._makers

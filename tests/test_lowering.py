@@ -173,7 +173,7 @@ def test_profile_counts_what_a_step_has_to_do() -> None:
 
 
 class Wide(nn.Module):
-    """Layers wide enough for products of our own: `a`, `b` 3 x 3, `p`, `q`, `r` 1 x 1; `run` says how they are joined."""
+    """Layers wide enough for products of our own: `a`, `b` 3 x 3, `p`, `q`, `r` 1 x 1, `d`, `e` depthwise; `run` joins them."""
 
     def __init__(self, run: Callable[[Wide, Tensor], Tensor]) -> None:
         super().__init__()
@@ -181,6 +181,8 @@ class Wide(nn.Module):
         self.stem = nn.Conv2d(3, 32, 3, padding=1)
         self.a, self.b = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 3)
         self.p, self.q, self.r = nn.Conv2d(32, 24, 1), nn.Conv2d(24, 32, 1, stride=2), nn.Conv2d(24, 40, 1, bias=False)
+        self.d = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.e = nn.Conv2d(32, 32, (5, 3), stride=2, padding=(2, 1), groups=32, bias=False)
         self.head = nn.Linear(32, 5)
         self.run = run
 
@@ -205,6 +207,10 @@ def signed_twice(m: Wide, h: Tensor) -> Tensor:
     return m.q(z) + m.q(z.relu()) + m.r(z).relu()[:, :32, ::2, ::2]
 
 
+def depthwise(m: Wide, h: Tensor) -> Tensor:
+    return m.b(nn.functional.relu6(m.e(nn.functional.relu6(m.d(h)) + h)))
+
+
 OWN = {
     three_by_three: [
         "relu (by Winograd, with its ReLU)",
@@ -214,6 +220,11 @@ OWN = {
     residual: ["convolution (by Winograd)", "ratio (in a convolution by Winograd)"],
     signed_input: ["ratio (in a convolution as a product)", "where (of two transposes, as a product)"],
     signed_twice: ["where (of two transposes, as a product)"],
+    depthwise: [
+        "hardtanh (channel by channel, with its clamp)",
+        "ratio (in a convolution channel by channel)",
+        "conv_dgrad (channel by channel)",
+    ],
 }
 
 
@@ -264,3 +275,53 @@ def test_a_step_counts_the_multiplications_of_the_layer_within() -> None:
     explainer = lrpfast.Explainer(Wide(three_by_three).eval(), x, composite="epsilon_plus", autotune=False)
     inner = 2 * 2 * 32 * 32 * (3 * 10 - 2) ** 2  # of `a`: each row and column meets its padding once at either end
     assert sum(s.flops == inner for s in explainer.profile(x, repeats=1)) == 3
+
+
+class Dense(nn.Module):
+    """Three dense layers, the first and last of input that is not negative, the second of signed input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(130, 70), nn.Linear(70, 50), nn.Linear(50, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x.relu())).relu())
+
+
+DENSE_RULES = [
+    lrpfast.rules.ZPlus(), lrpfast.rules.Gamma(0.25), lrpfast.rules.AlphaBeta(2.0, 1.0), lrpfast.rules.Epsilon(1e-3),
+    lrpfast.rules.WSquare(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", DENSE_RULES, ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_dense_layers_of_few_samples_give_the_same(rule: lrpfast.rules.Rule, batch: int) -> None:
+    how = lrpfast.Composite([("linear", rule)])
+    model, x = Dense().eval(), torch.randn(batch, 130, generator=torch.Generator().manual_seed(1))
+    explainer = lrpfast.Explainer(model, x, composite=how, record=("*",))
+    exact = lrpfast.explain(copy.deepcopy(model).double(), x.double(), target=2, composite=how, record=("*",))
+    reference = lrpfast.Explainer(model, x, composite=how, record=("*",), backend="torch")(x, target=2)
+    for several in (x, torch.cat([x] * 20)):  # more samples than the steps were made for
+        found = explainer(several, target=2)
+        pairs = [(found.relevance, reference.relevance, exact.relevance)]
+        pairs += [(found.layers[name], reference.layers[name], exact.layers[name]) for name in exact.layers]
+        for own, torchs, wanted in pairs:
+            error, error_of_torch = (torch.linalg.vector_norm(t[:batch].double() - wanted) for t in (own, torchs))
+            assert error <= 2 * error_of_torch + 2**-22 * torch.linalg.vector_norm(wanted)
+
+
+def test_which_dense_steps_read_a_weight_once() -> None:
+    explainer = lrpfast.Explainer(Dense().eval(), torch.randn(1, 130), composite="alpha1_beta0")
+    operations = [step.operation for step in explainer.profile(torch.randn(1, 130), repeats=1)]
+    assert operations.count("linear (with its modified weight's)") == 1, (
+        operations
+    )  # a; b has signed input, c a target row
+    assert operations.count("linear (weight modified on the way)") == 2, operations
+    assert operations.count("matmul (weight modified on the way)") == 3, operations
+    (compiled,) = explainer._compiled.values()
+    constants = compiled.joint(compiled.default_seed).program.constants
+    assert all(constants._tensors[name] is None for name in constants if constants.scaled(name))
+    many = lrpfast.Explainer(Dense().eval(), torch.randn(30, 130), composite="alpha1_beta0")
+    assert not any("on the way" in step.operation for step in many.profile(torch.randn(30, 130), repeats=1))

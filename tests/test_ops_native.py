@@ -168,17 +168,44 @@ def test_cuda_ratio():
             assert torch.equal(out.cpu(), expected)
 
 
+SCALES = {"W+": (1.0, 0.0), "W-": (0.0, 1.0), "W + gamma W+": (1.25, 1.0)}
+
+
+def modified(weight: torch.Tensor, scales: tuple[float, float] | None) -> torch.Tensor:
+    """In float64, by the definition of RULES §2."""
+    if scales is None:
+        return weight.double()
+    return scales[0] * weight.double().clamp(min=0) + scales[1] * weight.double().clamp(max=0)
+
+
+def assert_exact_to_twice(found: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor, size: torch.Tensor) -> None:
+    """At most twice torch's own error, in norm; `size` is the sum of the terms' magnitudes, for results of few values."""
+    assert found.shape == exact.shape and found.dtype is torch.float32
+    own, of_torch = (torch.linalg.vector_norm(t.double() - exact) for t in (found, torchs))
+    assert own <= 2 * of_torch + 2**-22 * torch.linalg.vector_norm(size)
+
+
 @pytest.mark.parametrize("batch", [0, 1, 2, 5, 16, 17])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (3, 7), (16, 64), (37, 1025), (130, 4099)])
-def test_dense_dgrad(batch: int, outputs: int, inputs: int) -> None:
-    s, weight = torch.randn(batch, outputs), torch.randn(outputs, inputs)
-    exact = s.double() @ weight.double()
-    allowed = 2 * (s @ weight - exact).abs().amax().item() if batch else 0.0
-    result = native.dense_dgrad(s, weight)
-    assert result.shape == exact.shape
-    if batch:
-        assert (result - exact).abs().amax().item() <= max(allowed, 1e-6 * exact.abs().amax().item())
-    apart = torch.randn(outputs, batch).t()  # not contiguous
-    assert torch.allclose(native.dense_dgrad(apart, weight), apart @ weight, rtol=1e-4, atol=1e-4)
-    double = native.dense_dgrad(s.double(), weight.double())
-    assert torch.equal(double, exact)
+@pytest.mark.parametrize("scales", [None, *SCALES.values()], ids=["W", *SCALES])
+def test_dense_layers(batch: int, outputs: int, inputs: int, scales: tuple[float, float] | None) -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)  # new memory is full of NaN
+    try:
+        x, s, weight = torch.randn(batch, inputs), torch.randn(outputs, batch).t(), torch.randn(outputs, inputs)
+        bias, other_bias = torch.randn(2, outputs)
+        wide = modified(weight, scales)
+        narrow = wide.float()
+        back, z = native.dense_dgrad(s, weight, scales), native.dense(x, weight, bias, scales)
+        assert_exact_to_twice(back, s @ narrow, s.double() @ wide, s.double().abs() @ wide.abs())
+        linear = torch.nn.functional.linear
+        size = x.double().abs() @ wide.abs().t() + bias.abs()
+        assert_exact_to_twice(z, linear(x, narrow, bias), linear(x.double(), wide, bias.double()), size)
+        assert_exact_to_twice(native.dense(x, weight, None, scales), x @ narrow.t(), x.double() @ wide.t(), size)
+        if scales is not None:
+            own, scaled = native.dense_pair(x, weight, bias, other_bias, scales)
+            assert torch.equal(own, native.dense(x, weight, bias))
+            assert torch.equal(scaled, native.dense(x, weight, other_bias, scales))
+        double = native.dense_dgrad(s.double(), weight.double(), scales)
+        torch.testing.assert_close(double, s.double() @ wide, rtol=1e-12, atol=1e-12)
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,4 +1,5 @@
-"""Convolutions of our own against float64: Winograd's filtering and 1 x 1 products, each with all that may follow in its call.
+"""Convolutions of our own against float64: Winograd's filtering, 1 x 1 products and depthwise layers, each with all that may follow
+in its call.
 
 The rule for rounding: at most twice the error of torch's convolution in float32, in the norm of the result.
 """
@@ -11,12 +12,12 @@ from fractions import Fraction
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from lrpfast.ops import native, products
-from lrpfast.ops.products import Pointwise, Winograd
+from lrpfast.ops.products import RELU, Depthwise, Pointwise, Winograd
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -66,10 +67,17 @@ def test_winograd(sizes: tuple, bias: bool, relu: bool) -> None:
     shift = draw(filters, seed=2) if bias else None
     exact = F.conv2d(x.double(), weight.double(), None if shift is None else shift.double(), padding=padding)
     direct = F.conv2d(x, weight, shift, padding=padding)
-    found = products.convolution(Winograd.of(weight, padding), x, shift, relu)
-    assert found.is_contiguous(memory_format=torch.channels_last)
     squares = squared(x, weight, padding=padding)
-    assert_as_exact(found, direct.relu() if relu else direct, exact.relu() if relu else exact, squares)
+    given = weight.contiguous(memory_format=torch.channels_last)
+    turned = weight.transpose(0, 1).flip(2, 3)  # the layer that this one is the transpose of
+    for layer in (
+        Winograd.of(weight, padding), Winograd(weight, padding), Winograd(given, padding),
+        Winograd(turned.contiguous(), padding, flipped=True),
+        Winograd(turned.contiguous(memory_format=torch.channels_last), padding, flipped=True),
+    ):  # fmt: skip
+        found = products.convolution(layer, x, shift, RELU if relu else None)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        assert_as_exact(found, direct.relu() if relu else direct, exact.relu() if relu else exact, squares)
 
 
 def test_winograd_takes_what_it_fits_alone() -> None:
@@ -119,12 +127,15 @@ def test_nan_reaches_the_windows_that_hold_it_and_no_others() -> None:
     for layer, reach in (
         (Winograd.of(draw(32, 16, 3, 3, seed=1), [1, 1]), 1),
         (Pointwise.of(draw(5, 16, 1, 1), [1, 1]), 0),
+        (Depthwise.of(draw(16, 1, 3, 3), [1, 1], [1, 1], [1, 1]), 1),
     ):
         expected = torch.zeros(2, 9, 9, dtype=torch.bool)
         expected[1, 4 - reach : 5 + reach, 5 - reach : 6 + reach] = True
-        for relu in (False, True):
-            found = products.convolution(layer, x, None, relu)
-            assert torch.equal(found.isnan().all(1), expected) and torch.equal(found.isnan().any(1), expected)
+        for clamp in (None, RELU, (0.0, 6.0)):
+            found = products.convolution(layer, x, None, clamp).isnan()
+            one_channel = isinstance(layer, Depthwise)
+            assert torch.equal(found[:, 3] if one_channel else found.all(1), expected)
+            assert torch.equal(found.any(1), expected)
 
 
 pointwise_sizes = st.tuples(
@@ -152,7 +163,65 @@ def test_pointwise(sizes: tuple, bias: bool, relu: bool, by_sign: bool) -> None:
 
     laid_out = Pointwise.of_parts(weight, other, stride) if by_sign else Pointwise.of(weight, stride)
     squares = squared(x, weight.abs().maximum(other.abs()), stride)
-    assert_as_exact(products.convolution(laid_out, x, shift, relu), layer(torch.float32), layer(torch.float64), squares)
+    assert_as_exact(
+        products.convolution(laid_out, x, shift, RELU if relu else None),
+        layer(torch.float32),
+        layer(torch.float64),
+        squares,
+    )
+
+
+windows = st.tuples(
+    st.integers(1, 8), st.integers(1, 3), st.integers(0, 4), st.integers(1, 2)
+)  # kernel, stride, padding, dilation
+
+
+@given(
+    batch=st.integers(0, 2), channels=st.sampled_from([2, 7, 16, 33, 48]), size=st.tuples(st.integers(1, 29), st.integers(1, 29)),
+    rows=windows, columns=windows, bias=st.booleans(), clamp=st.sampled_from([None, RELU, (-0.5, 0.75)]),
+)  # fmt: skip
+@settings(max_examples=60)
+def test_depthwise_and_its_transpose(
+    batch: int, channels: int, size: tuple[int, int], rows: tuple, columns: tuple, bias: bool, clamp: tuple | None
+) -> None:
+    kernel, stride, padding, dilation = zip(rows, columns, strict=True)
+    spans = [n + 2 * p - d * (k - 1) for n, k, p, d in zip(size, kernel, padding, dilation, strict=True)]
+    assume(all(span >= 1 for span in spans))
+    weight = draw(channels, 1, *kernel, seed=1)
+    assert Depthwise.fits(weight.shape, channels)
+    shift = draw(channels, seed=2) if bias else None
+    how = (stride, padding, dilation, channels)
+
+    def layer(x: Tensor, dtype: torch.dtype) -> Tensor:
+        total = F.conv2d(x.to(dtype), weight.to(dtype), None if shift is None else shift.to(dtype), *how)
+        return total if clamp is None else total.clamp(*clamp)
+
+    x = images(batch, channels, *size)
+    found = products.convolution(Depthwise.of(weight, stride, padding, dilation), x, shift, clamp)
+    exact = layer(x, torch.float64)
+    assert_as_exact(found, layer(x, torch.float32), exact, squared(x, weight, *how))
+
+    def transpose(s: Tensor, power: int = 1) -> Tensor:
+        """By autograd."""
+        probe = torch.zeros(x.shape, dtype=s.dtype, requires_grad=True)
+        weighted = (F.conv2d(probe, weight.to(s.dtype) ** power, None, *how) * s).sum()
+        return torch.autograd.grad(weighted, probe)[0]
+
+    s = images(*exact.shape, seed=3)
+    back = products.convolution(Depthwise.of(weight, stride, padding, dilation, size), s, None)
+    assert_as_exact(back, transpose(s), transpose(s.double()), transpose(s.double() ** 2, 2))
+
+
+def test_depthwise_takes_what_it_fits_alone() -> None:
+    assert Depthwise.fits((24, 1, 8, 8), 24)
+    for shape, groups in (
+        ((24, 1, 9, 3), 24),
+        ((24, 1, 3, 9), 24),
+        ((48, 1, 3, 3), 24),
+        ((24, 2, 3, 3), 12),
+        ((1, 1, 3, 3), 1),
+    ):
+        assert not Depthwise.fits(shape, groups)
 
 
 def layers_of(kind: str) -> tuple[products.Product, Tensor, dict]:
@@ -160,11 +229,14 @@ def layers_of(kind: str) -> tuple[products.Product, Tensor, dict]:
     if kind == "winograd":
         weight = draw(64, 32, 3, 3, seed=1)
         return Winograd.of(weight, [1, 1]), weight, {"padding": 1}
+    if kind == "depthwise":
+        weight = draw(32, 1, 3, 3, seed=1)
+        return Depthwise.of(weight, [1, 1], [1, 1], [1, 1]), weight, {"padding": 1, "groups": 32}
     weight = draw(40, 32, 1, 1, seed=1)  # 40: a panel and a half vector
     return Pointwise.of(weight, [1, 1]), weight, {}
 
 
-KINDS = ["winograd", "pointwise"]
+KINDS = ["winograd", "pointwise", "depthwise"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from . import reference, transposes
 from .layouts import channel_layout, ratio_layout, same_layout
+from .reference import Scales
 
-# Batches in which a dense layer is bound by reading its weight, and torch reads it slower than memory gives it.
-SMALL_BATCH = range(2, 17)
+# Samples up to which a dense layer is bound by reading its weight, which torch does slower than memory gives it.
+SMALL_BATCH = 16
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -146,20 +147,64 @@ def add_relu(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def dense_dgrad(s: Tensor, weight: Tensor) -> Tensor:
-    """`s @ weight` for `s` `[N, O]` and a dense layer's weight `[O, I]`.
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Scales | None = None) -> Tensor:
+    """A dense layer: `x` ``[N, I]``, `weight` ``[O, I]``, which may be scaled (`reference.scaled`).
 
-    For a batch of 2 to 16 in float32 the weight is read once, at the memory's speed; the rest is left to torch.
+    In float32 the weight is read once, at the memory's speed; where N is large, products of matrices are faster.
     """
-    small = s.shape[0] in SMALL_BATCH and s.dtype == weight.dtype == torch.float32
-    if extension is None or not (small and s.is_cpu and weight.is_cpu and weight.is_contiguous()):
-        return torch.matmul(s, weight)
+    if not _is_small(x, weight):
+        return torch.nn.functional.linear(x, weight if scales is None else reference.scaled(weight, scales), bias)
+    z = x.new_empty((x.shape[0], weight.shape[0]))
+    if scales is None:
+        _dense(x, weight, bias, None, z, None, (1.0, 1.0))
+    else:
+        _dense(x, weight, None, bias, None, z, scales)
+    return z
+
+
+def dense_pair(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scaled_bias: Tensor | None, scales: Scales
+) -> tuple[Tensor, Tensor]:
+    """`dense` with the weight and its bias as they are, and with the weight scaled and a bias of its own: one reading for both."""
+    if not _is_small(x, weight):
+        return dense(x, weight, bias), dense(x, weight, scaled_bias, scales)
+    z = x.new_empty((x.shape[0], weight.shape[0]))
+    scaled_z = torch.empty_like(z)
+    _dense(x, weight, bias, scaled_bias, z, scaled_z, scales)
+    return z, scaled_z
+
+
+def _dense(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scaled_bias: Tensor | None, z: Tensor | None, scaled_z: Tensor | None,
+    scales: Scales,
+) -> None:  # fmt: skip
+    assert extension is not None
+    x = x.contiguous()
+    biases = [None if b is None else b.contiguous() for b in (bias, scaled_bias)]
+    pointers = (0 if t is None else t.data_ptr() for t in (*biases, z, scaled_z))
+    extension.dense(
+        x.data_ptr(), weight.data_ptr(), *pointers, x.shape[0], *weight.shape, scales, torch.get_num_threads()
+    )
+
+
+def dense_dgrad(s: Tensor, weight: Tensor, scales: Scales | None = None) -> Tensor:
+    """``s @ weight`` for `s` ``[N, O]`` and a dense layer's weight ``[O, I]``, which may be scaled; see `dense`."""
+    if not _is_small(s, weight):
+        return torch.matmul(s, weight if scales is None else reference.scaled(weight, scales))
+    assert extension is not None
     s = s.contiguous()
     out = s.new_empty((s.shape[0], weight.shape[1]))
     extension.dense_dgrad(
-        s.data_ptr(), weight.data_ptr(), out.data_ptr(), *s.shape, weight.shape[1], torch.get_num_threads()
-    )
+        s.data_ptr(), weight.data_ptr(), out.data_ptr(), *s.shape, weight.shape[1], scales is not None, scales or (1.0, 1.0),
+        torch.get_num_threads(),
+    )  # fmt: skip
     return out
+
+
+def _is_small(x: Tensor, weight: Tensor) -> bool:
+    """Whether a dense layer is one for the kernels: few samples, float32, the weight row by row."""
+    plain = x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu and weight.is_contiguous()
+    return extension is not None and plain and x.shape[0] <= SMALL_BATCH
 
 
 def channel_sum(carrier: Tensor | None, message: Tensor, groups: int, out: Tensor | None = None) -> Tensor:

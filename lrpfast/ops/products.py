@@ -1,6 +1,6 @@
 """Convolutions of our own, in C++, with what follows them elementwise in the same call: float32, channels-last.
 
-Two kinds of layers, each with its weight laid out once:
+Three kinds of layers, each with its weight laid out once:
 
 - `Winograd`: 3 x 3 filters, stride 1, by Winograd's minimal filtering F(2 x 2, 3 x 3) (csrc/winograd_cpu.h). It takes 4 / 9 of the
   multiplications of the direct form, half its time on large layers, and rounds no worse: sums are nine times shorter. Larger
@@ -8,6 +8,7 @@ Two kinds of layers, each with its weight laid out once:
   window of zeros gives zero exactly. Infinities may come out as NaN.
 - `Pointwise`: 1 x 1 filters, a product of matrices (csrc/pointwise_cpu.h). It also takes the positive part of a layer with signed
   input (RULES §2: ``W⁺x⁺ + W⁻x⁻``) in one call.
+- `Depthwise`: one filter a channel, of any window, or the transpose of such a layer (csrc/depthwise_cpu.h). It is bound by memory.
 
 Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015.
 """
@@ -15,6 +16,7 @@ Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,7 +28,20 @@ _PANEL = 32  # filters, in a weight's innermost dimension
 _SKEW = 16  # kSkew of csrc/matrix_cpu.h
 _TILES, _CHUNK = 56, 128  # tiles, and filters, that are worked on at a time: products stay in the second-level cache
 
-_Then = tuple[int, bool, bool, int, int, int, int, float]  # Epilogue of csrc/ops.h, pointers as numbers
+Clamp = tuple[float, float]  # the smallest and the largest value
+RELU: Clamp = (0.0, math.inf)
+
+_Then = tuple[int, bool, bool, float, float, int, int, int, int, float]  # Epilogue of csrc/ops.h, pointers as numbers
+
+
+def _then(
+    bias: Tensor | None = None, *, add: bool = False, clamp: Clamp | None = None, sign: Tensor | None = None,
+    carrier: Tensor | None = None, message_a: Tensor | None = None, message_b: Tensor | None = None, eps: float = 0.0,
+) -> _Then:  # fmt: skip
+    """What becomes of sums; operands lie as the result does, and live as long as the call."""
+    low, high = clamp or (0.0, 0.0)
+    a, b = _pointer(message_a), _pointer(message_b)
+    return _pointer(bias), add, clamp is not None, low, high, _pointer(sign), _pointer(carrier), a, b, eps
 
 
 def is_fast() -> bool:
@@ -46,13 +61,17 @@ class Winograd:
     Attributes
     ----------
     weight
-        G g Gᵀ of each filter, ``[16, K / 32, C, 32]``.
+        G g Gᵀ of each filter, ``[16, K / 32, C, 32]``; or the filters ``[K, C, 3, 3]`` themselves, transformed at each call:
+        the former take 16 / 9 of the memory of the latter, besides the model's own.
     padding
         0, 1 or 2, of height and width.
+    flipped
+        Of filters that are transformed at each call: whether the layer is the transpose of the one that they are of.
     """
 
     weight: Tensor
     padding: tuple[int, ...]
+    flipped: bool = False
 
     @staticmethod
     def fits(
@@ -76,21 +95,43 @@ class Winograd:
             laid_out[:, panel] = both.permute(2, 3, 1, 0).reshape(16, channels, _PANEL)
         return cls(laid_out, tuple(padding))
 
+    @property
+    def _is_laid_out(self) -> bool:
+        return self.weight.shape[3] == _PANEL
+
     def empty(self, x: Tensor) -> Tensor:
         """Memory for the result."""
         size = [n + 2 * p - 2 for n, p in zip(x.shape[2:], self.padding, strict=True)]
-        return _images(x.shape[0], self.weight.shape[1] * _PANEL, size)
+        filters = self.weight.shape[1] * _PANEL if self._is_laid_out else self.weight.shape[int(self.flipped)]
+        return _images(x.shape[0], filters, size)
 
     def run(self, x: Tensor, out: Tensor, then: _Then) -> Tensor:
         assert native.extension is not None
         channels, filters = x.shape[1], out.shape[1]
+        weight = self.weight if self._is_laid_out else _transformed(self.weight, self.flipped)
         chunk, threads = min(_CHUNK, filters), torch.get_num_threads()
         workspace = torch.empty(threads * 16 * _TILES * (channels + chunk + 2 * _SKEW))
         native.extension.winograd(
-            x.data_ptr(), self.weight.data_ptr(), out.data_ptr(), workspace.data_ptr(), x.shape[0], x.shape[2:],
+            x.data_ptr(), weight.data_ptr(), out.data_ptr(), workspace.data_ptr(), x.shape[0], x.shape[2:],
             out.shape[2:], self.padding, channels, filters, _TILES, chunk, then, threads,
         )  # fmt: skip
         return out
+
+
+def _transformed(weight: Tensor, flipped: bool) -> Tensor:
+    """As `Winograd.of` lays filters out, in float32; filters may lie in any order. Flipped: inputs for outputs, taps in reverse."""
+    assert native.extension is not None
+    (filters, channels), (filter_stride, channel_stride, *taps) = weight.shape[:2], weight.stride()
+    first = weight.data_ptr()
+    if flipped:
+        filters, channels, filter_stride, channel_stride = channels, filters, channel_stride, filter_stride
+        first += weight.element_size() * 2 * sum(taps)  # the last tap
+        taps = [-t for t in taps]
+    out = torch.empty((16, filters // _PANEL, channels, _PANEL))
+    native.extension.winograd_weight(
+        first, filter_stride, channel_stride, taps, out.data_ptr(), filters, channels, torch.get_num_threads()
+    )
+    return out
 
 
 def _transform(g: Tensor, dim: int) -> Tensor:
@@ -173,18 +214,71 @@ def _images(batch: int, channels: int, size: Sequence[int]) -> Tensor:
     return torch.empty((batch, channels, *size), memory_format=torch.channels_last)
 
 
-Product = Winograd | Pointwise
+@dataclasses.dataclass(frozen=True, eq=False)
+class Depthwise:
+    """A convolution with one filter a channel, or the transpose of one.
+
+    Attributes
+    ----------
+    weight
+        ``[kernel height, kernel width, C]``.
+    stride, padding, dilation
+        Of height and width.
+    size
+        Of a transpose: height and width of its result; None: a convolution.
+    """
+
+    weight: Tensor
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    size: tuple[int, ...] | None = None
+
+    @staticmethod
+    def fits(weight_shape: Sequence[int], groups: int) -> bool:
+        """Whether a layer with filters of this shape is one."""
+        single = weight_shape[0] == groups > 1 and weight_shape[1] == 1
+        return single and all(n <= 8 for n in weight_shape[2:])
+
+    @classmethod
+    def of(
+        cls, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+        size: Sequence[int] | None = None,
+    ) -> Depthwise:  # fmt: skip
+        """Lay out filters ``[C, 1, kernel height, kernel width]``."""
+        laid_out = weight[:, 0].permute(1, 2, 0).contiguous()
+        return cls(laid_out, tuple(stride), tuple(padding), tuple(dilation), None if size is None else tuple(size))
+
+    def empty(self, x: Tensor) -> Tensor:
+        """Memory for the result."""
+        size = self.size
+        if size is None:
+            windows = zip(x.shape[2:], self.weight.shape, self.stride, self.padding, self.dilation, strict=False)
+            size = tuple((n + 2 * p - d * (k - 1) - 1) // t + 1 for n, k, t, p, d in windows)
+        return _images(x.shape[0], x.shape[1], size)
+
+    def run(self, x: Tensor, out: Tensor, then: _Then) -> Tensor:
+        assert native.extension is not None
+        native.extension.depthwise(
+            x.data_ptr(), self.weight.data_ptr(), out.data_ptr(), x.shape[0], x.shape[2:], out.shape[2:],
+            self.weight.shape[:2], self.stride, self.padding, self.dilation, x.shape[1], self.size is not None, then,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
 
 
-def convolution(layer: Product, x: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
-    """The layer on images ``[N, C, H, W]``, and a ReLU."""
+Product = Winograd | Pointwise | Depthwise
+
+
+def convolution(layer: Product, x: Tensor, bias: Tensor | None, clamp: Clamp | None = None) -> Tensor:
+    """The layer on images ``[N, C, H, W]``, and a clamp, of which a ReLU is one."""
     bias = None if bias is None else bias.contiguous()
-    return layer.run(_laid_out(x), layer.empty(x), (_pointer(bias), False, relu, 0, 0, 0, 0, 0.0))
+    return layer.run(_laid_out(x), layer.empty(x), _then(bias, clamp=clamp))
 
 
 def convolution_add_(out: Tensor, layer: Product, x: Tensor) -> Tensor:
     """Add the layer's result to `out`, which is returned: the same memory where it lies channels-last."""
-    return layer.run(_laid_out(x), _laid_out(out), (0, True, False, 0, 0, 0, 0, 0.0))
+    return layer.run(_laid_out(x), _laid_out(out), _then(add=True))
 
 
 def convolution_ratio(
@@ -196,15 +290,20 @@ def convolution_ratio(
     result = out if out is not None and over else layer.empty(x)
     shape = result.shape
     bias = None if bias is None else bias.contiguous()
-    by, a, b = (None if t is None else _laid_out(t.expand(shape)) for t in (carrier, message_a, message_b))
-    then = (_pointer(bias), False, False, 0, _pointer(by), _pointer(a), _pointer(b), eps)
-    return layer.run(_laid_out(x), result, then)
+    by, a, b = (_operand(t, shape) for t in (carrier, message_a, message_b))
+    return layer.run(_laid_out(x), result, _then(bias, carrier=by, message_a=a, message_b=b, eps=eps))
 
 
 def either_convolution(layer: Pointwise, x: Tensor, sign: Tensor) -> Tensor:
     """The layer's upper or lower result, see `Pointwise.of_either`; `sign` is of the result's shape."""
     laid_out = _laid_out(sign)
-    return layer.run(_laid_out(x), layer.empty(x), (0, False, False, laid_out.data_ptr(), 0, 0, 0, 0.0))
+    return layer.run(_laid_out(x), layer.empty(x), _then(sign=laid_out))
+
+
+def _operand(tensor: Tensor | None, shape: torch.Size) -> Tensor | None:
+    if tensor is None:
+        return None
+    return _laid_out(tensor if tensor.shape == shape else tensor.expand(shape))
 
 
 def _laid_out(x: Tensor) -> Tensor:

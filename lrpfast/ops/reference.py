@@ -12,6 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Scales = tuple[float, float]  # of positive values, of all others
+
+
+def scaled(weight: Tensor, scales: Scales) -> Tensor:
+    """A weight whose positive values and whose others are multiplied by a number each: (1, 0) gives W⁺, (1 + γ, 1) W + γW⁺."""
+    return torch.where(weight > 0, weight * scales[0], weight * scales[1])
+
 
 def ratio(
     carrier: Tensor | None, message: Tensor, denominator: Tensor, eps: float, out: Tensor | None = None

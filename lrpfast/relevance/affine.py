@@ -19,6 +19,7 @@ from torch import fx
 
 from lrpfast.errors import CompositeError, RuleError, UnsupportedOperationError
 from lrpfast.graph import describe, rank, static_sizes, value
+from lrpfast.ops.reference import Scales
 from lrpfast.relevance.walk import Message, Walk, expand_like, filled, is_relu_of, propagates
 from lrpfast.rules import (
     AlphaBeta,
@@ -70,23 +71,32 @@ class Layer:
     def bias(self) -> torch.Tensor | None:
         return None if self.node.args[2] is None else self.walk.build.tensor(self.node.args[2])
 
-    def modified(self, key: tuple, modify: Callable[[torch.Tensor], torch.Tensor]) -> tuple[fx.Node, fx.Node | None]:
-        """Weight and bias with one elementwise modification; made once for each key."""
+    def modified(
+        self, key: tuple, modify: Callable[[torch.Tensor], torch.Tensor], scales: Scales | None = None
+    ) -> tuple[fx.Node, fx.Node | None]:
+        """Weight and bias with one elementwise modification; made once for each key.
+
+        `scales` says, of a modification that multiplies positive values and negative ones by a number each, which numbers:
+        kernels that read a weight once can do it on the way.
+        """
         build = self.walk.build
 
         def made(source: fx.Node) -> fx.Node:
             hint = f"{source.target}_{'_'.join(map(str, key))}"
-            return build.derived((*key, source.target), lambda: modify(build.tensor(source)), hint)
+            node = build.derived((*key, source.target), lambda: modify(build.tensor(source)), hint)
+            if scales is not None and node is not source:
+                build.constants.scale(node.target, source.target, scales)
+            return node
 
         return made(self.node.args[1]), None if self.node.args[2] is None else made(self.node.args[2])
 
     @property
     def plus(self) -> tuple[fx.Node, fx.Node | None]:
-        return self.modified(("plus",), lambda t: t.clamp(min=0))
+        return self.modified(("plus",), lambda t: t.clamp(min=0), (1.0, 0.0))
 
     @property
     def minus(self) -> tuple[fx.Node, fx.Node | None]:
-        return self.modified(("minus",), lambda t: t.clamp(max=0))
+        return self.modified(("minus",), lambda t: t.clamp(max=0), (0.0, 1.0))
 
     # --- the layer and its transpose ---
 
@@ -284,12 +294,12 @@ def _alpha_beta(layer: Layer, message: Message, rule: AlphaBeta) -> Message:
 
 def _gamma(layer: Layer, message: Message, rule: Gamma) -> Message:
     walk, gamma, eps = layer.walk, rule.gamma, rule.stabilizer
-    p_weight, p_bias = layer.modified(("gamma", gamma), lambda t: t + gamma * t.clamp(min=0))
+    p_weight, p_bias = layer.modified(("gamma", gamma), lambda t: t + gamma * t.clamp(min=0), (1 + gamma, 1.0))
     if layer.nonnegative and is_relu_of(message.carrier, layer.z):
         _note(layer, "2 + 1: x >= 0, z < 0 carries nothing")
         s = walk.ratio(message, layer.forward(layer.x, p_weight, p_bias), eps)
         return Message((layer.dgrad(s, p_weight),), layer.x)
-    n_weight, _ = layer.modified(("gamma_minus", gamma), lambda t: t + gamma * t.clamp(max=0))
+    n_weight, _ = layer.modified(("gamma_minus", gamma), lambda t: t + gamma * t.clamp(max=0), (1.0, 1 + gamma))
     pair = walk.call(
         ops.gamma_pair.default, message.carrier, walk.single(message), layer.z, _positive_part(layer), gamma, eps
     )

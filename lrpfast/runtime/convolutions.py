@@ -18,7 +18,7 @@ from torch import fx
 
 from lrpfast.graph import Constants, argument, is_tensor, operation_name, rank, static_sizes, value
 from lrpfast.ops import products
-from lrpfast.ops.products import Pointwise, Product, Winograd
+from lrpfast.ops.products import RELU, Clamp, Depthwise, Pointwise, Product, Winograd
 from lrpfast.ops.transposes import TRANSPOSES, fits_plain_convolution, flipped_weight, left_over
 from lrpfast.runtime.fusion import Either, SignedPart
 from lrpfast.runtime.step import Step
@@ -32,7 +32,7 @@ _SHOWN = {"relu": "ReLU", "hardtanh": "clamp"}
 
 # Ways to compute a layer, as `plan()` shows them.
 _DIRECT, _TRANSPOSED, _BACKWARD = "as a convolution", "as a transposed convolution", "torch's backward"
-_OWN = {Winograd: "by Winograd", Pointwise: "as a product"}
+_OWN = {Winograd: "by Winograd", Pointwise: "as a product", Depthwise: "channel by channel"}
 
 _Ways = dict[str, Callable[[], list[Step]]]
 
@@ -47,6 +47,14 @@ def _epilogue(node: fx.Node) -> _Epilogue | None:
     return None
 
 
+def _clamp(activation: fx.Node) -> Clamp:
+    """The same activation as a clamp."""
+    epilogue = _epilogue(activation)
+    assert epilogue is not None
+    low, high = epilogue[1] or RELU
+    return low, high
+
+
 class Convolutions:
     """Lowers the convolutions of one program.
 
@@ -55,7 +63,7 @@ class Convolutions:
     constants
         The program's.
     batch
-        The batch that weights are laid out, and ways are timed, for; any other runs as well.
+        The batch that weights are laid out, and ways are timed, for; any other runs as well. Also an attribute.
     compiled
         Whether the compiled operators may be used.
     tuner
@@ -69,7 +77,7 @@ class Convolutions:
 
     def __init__(self, constants: Constants, batch: int, compiled: bool, tuner: Tuner | None) -> None:
         self._constants = constants
-        self._batch = batch
+        self.batch = batch
         self._compiled = compiled
         self._tuner = tuner
         self._prepared: dict[tuple[str, str], Any] = {}
@@ -95,11 +103,8 @@ class Convolutions:
             return [Step(node, node.target, (x, self._weight(weight), *node.args[2:]))]
         epilogue = None if activation is None else _epilogue(activation)
         ways: _Ways = {_DIRECT: lambda: [self._direct(node, activation, epilogue)]}
-        relu = activation is not None and activation.target is aten.relu.default
-        if relu or epilogue is None:
-            ways = self._with_own(
-                self._own_layer(node), ways, lambda own: self._own(node, own, activation if relu else None)
-            )
+        clamped = None if epilogue is None else activation
+        ways = self._with_own(self._own_layer(node), ways, lambda own: self._own(node, own, clamped))
         return self._fastest(node, ways)
 
     def ratio(self, node: fx.Node, layer: fx.Node | SignedPart, ratio: Step, out: fx.Node | None) -> list[Step] | None:
@@ -158,9 +163,7 @@ class Convolutions:
         return self._fastest(node, ways)
 
     def dgrad_added(self, node: fx.Node, total: fx.Node, add: fx.Node) -> Step | None:
-        """The transpose added to a value that may be written, as the step of the sum; None where no way adds."""
-        if not self._is_plain(node):
-            return None
+        """The transpose added to a value that may be written, as the step of the sum; None where its way does not add."""
         (step,) = self.dgrad(node)
         if step.function is products.convolution:
             function: Callable[..., Any] = products.convolution_add_
@@ -188,23 +191,30 @@ class Convolutions:
         note = f"with its {_SHOWN[operation_name(activation)]}"
         return Step(activation, *_pointwise(*layer, epilogue), note=note, computes=(node,))
 
-    def _own(self, node: fx.Node, layer: Product, relu: fx.Node | None) -> list[Step]:
+    def _own(self, node: fx.Node, layer: Product, activation: fx.Node | None) -> list[Step]:
         bias = node.args[2] if node.target is aten.convolution.default else None
-        note = _OWN[type(layer)] + (", with its ReLU" if relu else "")
-        args = (layer, node.args[0], bias, relu is not None)
-        return [Step(relu or node, products.convolution, args, note=note, computes=(node,))]
+        note = _OWN[type(layer)] + (f", with its {_SHOWN[operation_name(activation)]}" if activation else "")
+        args = (layer, node.args[0], bias, None if activation is None else _clamp(activation))
+        return [Step(activation or node, products.convolution, args, note=note, computes=(node,))]
 
     def _own_layer(self, node: fx.Node) -> tuple[str, Callable[[], Product]] | None:
         """A convolution, or a transpose that is one, as a product of our own: its name and how it is made."""
         is_forward = node.target is aten.convolution.default
-        if is_forward and not self._takes(node) or not is_forward and not self._is_plain(node):
-            return None
         x, weight = node.args[:2]
         if not self._compiled or not products.is_fast() or not products.takes(value(x)):
             return None
+        if is_forward and not self._takes(node) or weight.op != "get_attr" or rank(weight) != 4:
+            return None
         shape = tuple(value(weight).shape)
         stride, padding, dilation, groups = (node.args[i] for i in ((3, 4, 5, 8) if is_forward else (3, 4, 5, 6)))
+        if Depthwise.fits(shape, groups):
+            size = None if is_forward else node.args[2]
+            windows = (stride, padding, dilation, size)
+            make = functools.partial(self._prepare, weight, f"depthwise {windows}", lambda t: Depthwise.of(t, *windows))
+            return _OWN[Depthwise], make
         if not is_forward:
+            if not self._is_plain(node):
+                return None
             padding = [d * (k - 1) - p for d, k, p in zip(dilation, shape[2:], padding, strict=True)]
             shape = (shape[1], shape[0], *shape[2:])
 
@@ -213,6 +223,8 @@ class Convolutions:
 
         kind = f"{'' if is_forward else 'flipped '}{stride} {padding}"
         if Winograd.fits(shape, static_sizes(x, (2, 3)), stride, padding, dilation, groups):
+            if self._transforms_at_call(shape, static_sizes(x, (2, 3))):
+                return _OWN[Winograd], lambda: Winograd(self._kept(weight), tuple(padding), flipped=not is_forward)
             make = functools.partial(
                 self._prepare, weight, f"winograd {kind}", lambda t: Winograd.of(arranged(t), padding)
             )
@@ -223,6 +235,18 @@ class Convolutions:
             )
             return _OWN[Pointwise], make
         return None
+
+    def _transforms_at_call(self, weight_shape: tuple[int, ...], size: list[int]) -> bool:
+        """Whether a layer has weights large enough, and tiles enough to spread the time over, to transform them at each call."""
+        tiles = self.batch * math.prod(-(-n // 2) for n in size)
+        return 16 * 4 * math.prod(weight_shape[:2]) >= _LARGE_WEIGHT and tiles >= _ENOUGH_TILES
+
+    def _kept(self, node: fx.Node) -> torch.Tensor:
+        """A weight as it is, which several layers may share."""
+        key = (node.target, "as it is")
+        if key not in self._prepared:
+            self._prepared[key] = self._constants[node.target]
+        return self._prepared[key]
 
     def _signed_layer(self, part: SignedPart) -> tuple[str, Callable[[], Product]] | None:
         own = self._own_layer(part.first)
@@ -244,7 +268,7 @@ class Convolutions:
             return ways
         kind, make = own
         mine: _Ways = {kind: lambda: step(make())}
-        return {**mine, **ways} if kind == _OWN[Winograd] else {**ways, **mine}
+        return {**ways, **mine} if kind == _OWN[Pointwise] else {**mine, **ways}
 
     def _torch_backward(self, node: fx.Node) -> Step:
         s, weight = node.args[:2]
@@ -254,7 +278,7 @@ class Convolutions:
     def _fastest(self, node: fx.Node, ways: _Ways, where: str = "") -> list[Step]:
         """The way that is fastest here; without a tuner, or for little work, the first, which is expected to be."""
         expected = next(iter(ways.values()))
-        if self._tuner is None or len(ways) == 1 or _work(node, self._batch) < _WORTH_TUNING:
+        if self._tuner is None or len(ways) == 1 or _work(node, self.batch) < _WORTH_TUNING:
             return expected()
         batch = self._timing_batch(node.args[0])
         described = [f"{value(a).dtype} {_real_size(a, batch)}" if is_tensor(a) else str(a) for a in node.args]
@@ -267,7 +291,7 @@ class Convolutions:
 
     def _timing_batch(self, s: fx.Node) -> int:
         """The batch that ways are timed with: as many samples as tell a large layer's time, which is proportional."""
-        return max(1, min(self._batch, _TIMED_ELEMENTS // math.prod(_real_size(s, 1))))
+        return max(1, min(self.batch, _TIMED_ELEMENTS // math.prod(_real_size(s, 1))))
 
     def _calls(self, ways: dict[str, list[Step]], batch: int) -> dict[str, Callable[[], object]]:
         """The ways on random values."""
@@ -299,7 +323,7 @@ class Convolutions:
         rest = left_over(size, static_sizes(s, (2, 3)), value(weight).shape[2:], stride, padding, dilation)
         if any(not 0 <= r < t for r, t in zip(rest, stride, strict=True)):
             return None
-        like = [self._batch, *static_sizes(s, (1, 2, 3))]
+        like = [self.batch, *static_sizes(s, (1, 2, 3))]
 
         def steps() -> list[Step]:
             packed = self._prepare(
@@ -346,7 +370,7 @@ class Convolutions:
         padding: list[int], dilation: list[int], groups: int,
     ) -> torch.Tensor:  # fmt: skip
         """A weight in the layout that oneDNN chooses for the layer; torch would reorder it at every call."""
-        size = [self._batch, *(int(n) for n in value(x).shape[1:])]
+        size = [self.batch, *(int(n) for n in value(x).shape[1:])]
         kind = f"{arrange.__name__} {size} {stride} {padding} {dilation}"
         return self._prepare(
             weight,
@@ -376,6 +400,10 @@ def _pointwise(
     args: tuple = (x, weight, bias, padding, stride, dilation, groups, *epilogue)
     return torch.ops.mkldnn._convolution_pointwise.default, args
 
+
+# Of Winograd's weights: bytes, and tiles of a batch. A VGG has such layers, and half as much memory again without this; it costs
+# them 5 to 10% of their time.
+_LARGE_WEIGHT, _ENOUGH_TILES = 2**23, 150
 
 # Multiplications below which no choice of kernel shows.
 _WORTH_TUNING = 5_000_000

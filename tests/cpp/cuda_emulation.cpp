@@ -78,7 +78,7 @@ void ratio_dgrad(const char* type, long outputs, long inputs, int blocks, bool o
   }
   std::vector<float> partial(blocks * inputs, NAN);
   std::vector<T> result(inputs, narrow<T>(NAN));
-  const DenseArguments arguments = {x.data(), weight.data(), optional ? bias.data() : nullptr,
+  const CudaDenseArguments arguments = {x.data(), weight.data(), optional ? bias.data() : nullptr,
                                     optional ? carrier.data() : nullptr, message.data(), partial.data(), result.data(),
                                     outputs, inputs, blocks, {}, eps};
   emulation::launch(dense_ratio_dgrad_kernel<T, kChunks>, blocks, kThreads, 2 * inputs * sizeof(T), arguments);

@@ -163,17 +163,36 @@ void test_add_relu(std::int64_t size, int threads) {
   }
 }
 
+// A dense layer with its own weight and with the positive part and 1.5 times the negative one, and the transposes.
 void test_dense(std::int64_t batch, std::int64_t outputs, std::int64_t inputs, int threads) {
-  const auto s = draw(batch * outputs), weight = draw(outputs * inputs);
-  auto result = poison(batch * inputs);
-  const DenseDgradArguments arguments = {s.data(), weight.data(), result.data(), batch, outputs, inputs};
-  run<DenseDgradArguments, &Kernels::dense_dgrad>(arguments, inputs, 64, threads);
-  for (std::int64_t i = 0; i < batch * inputs; ++i) {
-    double sum = 0;
-    for (std::int64_t o = 0; o < outputs; ++o) {
-      sum += double(s[i / inputs * outputs + o]) * weight[o * inputs + i % inputs];
+  const auto s = draw(batch * outputs), x = draw(batch * inputs), weight = draw(outputs * inputs);
+  const auto bias = draw(outputs), scaled_bias = draw(outputs);
+  auto z = poison(batch * outputs), scaled_z = poison(batch * outputs);
+  const auto scaled = [&](std::int64_t at) { return weight[at] * (weight[at] > 0 ? 1.0 : 1.5); };
+  const DenseArguments both = {x.data(), weight.data(), bias.data(), scaled_bias.data(), z.data(),
+                               scaled_z.data(), batch, outputs, inputs, {1.0f, 1.5f}};
+  run<DenseArguments, &Kernels::dense>(both, outputs, 16, threads);
+  for (std::int64_t i = 0; i < batch * outputs; ++i) {
+    double plain = bias[i % outputs], other = scaled_bias[i % outputs];
+    for (std::int64_t k = 0; k < inputs; ++k) {
+      plain += double(x[i / outputs * inputs + k]) * weight[i % outputs * inputs + k];
+      other += x[i / outputs * inputs + k] * scaled(i % outputs * inputs + k);
     }
-    check(std::fabs(result[i] - sum) < 1e-3, "dense_dgrad", i);
+    check(std::fabs(z[i] - plain) < 1e-3 && std::fabs(scaled_z[i] - other) < 1e-3, "dense", i);
+  }
+  for (const bool is_scaled : {false, true}) {
+    auto result = poison(batch * inputs);
+    const DenseDgradArguments arguments = {s.data(), weight.data(), result.data(), batch,
+                                           outputs, inputs, is_scaled, {1.0f, 1.5f}};
+    run<DenseDgradArguments, &Kernels::dense_dgrad>(arguments, inputs, 64, threads);
+    for (std::int64_t i = 0; i < batch * inputs; ++i) {
+      double sum = 0;
+      for (std::int64_t o = 0; o < outputs; ++o) {
+        const std::int64_t at = o * inputs + i % inputs;
+        sum += s[i / inputs * outputs + o] * (is_scaled ? scaled(at) : double(weight[at]));
+      }
+      check(std::fabs(result[i] - sum) < 1e-3, "dense_dgrad", i);
+    }
   }
 }
 
@@ -278,9 +297,15 @@ void test_winograd(std::int64_t height, std::int64_t width, std::int64_t padding
           static_cast<float>(transformed(&weight[i * 9], point));
     }
   }
+  auto in_one_call = poison(16 * filters * channels);
+  const WinogradWeightArguments lay_out = {weight.data(), channels * 9, 9, {3, 1}, in_one_call.data(), filters, channels};
+  run<WinogradWeightArguments, &Kernels::winograd_weight>(lay_out, filters / 32, 1, threads);
+  for (std::size_t i = 0; i < laid_out.size(); ++i) {
+    check(std::fabs(in_one_call[i] - laid_out[i]) < 1e-6, "winograd_weight", static_cast<std::int64_t>(i));
+  }
   auto result = poison(images * out[0] * out[1] * filters), workspace = poison(threads * 16 * block * (channels + chunk + 32));
   const auto message = draw(static_cast<std::int64_t>(result.size()));
-  const Epilogue epilogue = {nullptr, false, false, nullptr, nullptr, message.data(), nullptr, 0.5f};
+  const Epilogue epilogue = {nullptr, false, false, 0, 0, nullptr, nullptr, message.data(), nullptr, 0.5f};
   const WinogradArguments arguments = {x.data(), laid_out.data(), result.data(), workspace.data(), images,
                                        {size[0], size[1]}, {out[0], out[1]}, {padding, padding}, channels, filters,
                                        block, chunk, threads, epilogue};
@@ -302,7 +327,7 @@ void test_pointwise(std::int64_t channels, std::int64_t filters, std::int64_t st
     laid_out[(i / depth / 32 * depth + i % depth) * 32 + i / depth % 32] = weight[i];
   }
   auto result = poison(images * out[0] * out[1] * filters), workspace = poison(threads * block * (depth + 16 + panels * 32));
-  const Epilogue epilogue = {bias.data(), false, true, nullptr, nullptr, nullptr, nullptr, 0.0f};
+  const Epilogue epilogue = {bias.data(), false, true, 0, 1, nullptr, nullptr, nullptr, nullptr, 0.0f};
   const PointwiseArguments arguments = {x.data(), laid_out.data(), nullptr, result.data(), workspace.data(), images,
                                         {size[0], size[1]}, {out[0], out[1]}, {stride, stride}, channels, filters,
                                         block, threads, by_sign, epilogue};
@@ -315,8 +340,48 @@ void test_pointwise(std::int64_t channels, std::int64_t filters, std::int64_t st
       const std::int64_t k = by_sign && row[c] < 0 ? channels + c : c;
       sum += double(row[c]) * weight[filter * depth + k];
     }
-    check(std::fabs(result[i] - std::fmax(sum, 0)) < 1e-3, "pointwise", i);
+    check(std::fabs(result[i] - std::fmin(std::fmax(sum, 0), 1)) < 1e-3, "pointwise", i);
   }
+}
+
+// A depthwise layer, and its transpose: the sums that send each place of the input to the results that it takes part in.
+void test_depthwise(std::int64_t channels, std::int64_t kernel, std::int64_t stride, std::int64_t padding,
+                    std::int64_t dilation, int threads) {
+  const std::int64_t images = 2, size[2] = {9, 23}, reach = dilation * (kernel - 1);
+  const std::int64_t out[2] = {(size[0] + 2 * padding - reach - 1) / stride + 1,
+                               (size[1] + 2 * padding - reach - 1) / stride + 1};
+  const auto x = draw(images * size[0] * size[1] * channels), s = draw(images * out[0] * out[1] * channels);
+  const auto weight = draw(kernel * kernel * channels), bias = draw(channels);
+  std::vector<double> forward(s.size()), back(x.size());
+  for (std::int64_t i = 0; i < static_cast<std::int64_t>(s.size()); ++i) {
+    const std::int64_t c = i % channels, z = i / channels % out[1], y = i / channels / out[1] % out[0];
+    const std::int64_t image = i / channels / out[1] / out[0];
+    for (std::int64_t tap = 0; tap < kernel * kernel; ++tap) {
+      const std::int64_t row = y * stride - padding + tap / kernel * dilation;
+      const std::int64_t column = z * stride - padding + tap % kernel * dilation;
+      if (row >= 0 && row < size[0] && column >= 0 && column < size[1]) {
+        const std::int64_t place = ((image * size[0] + row) * size[1] + column) * channels + c;
+        forward[i] += double(x[place]) * weight[tap * channels + c];
+        back[place] += double(s[i]) * weight[tap * channels + c];
+      }
+    }
+  }
+  const auto compare = [&](const std::vector<float>& from, const std::int64_t from_size[2], const std::int64_t to_size[2],
+                           const std::vector<double>& expected, bool transposed) {
+    auto result = poison(static_cast<std::int64_t>(expected.size()));
+    const Epilogue epilogue = {bias.data(), false, true, -0.5f, 0.75f, nullptr, nullptr, nullptr, nullptr, 0.0f};
+    const DepthwiseArguments arguments = {from.data(), weight.data(), result.data(), images,
+                                          {from_size[0], from_size[1]}, {to_size[0], to_size[1]}, {kernel, kernel},
+                                          {stride, stride}, {padding, padding}, {dilation, dilation}, channels,
+                                          transposed, epilogue};
+    run<DepthwiseArguments, &Kernels::depthwise>(arguments, images * to_size[0], 1, threads);
+    for (std::size_t i = 0; i < result.size(); ++i) {
+      const double sum = expected[i] + bias[i % channels];
+      check(std::fabs(result[i] - std::fmin(std::fmax(sum, -0.5), 0.75)) < 1e-4, "depthwise", static_cast<std::int64_t>(i));
+    }
+  };
+  compare(x, size, out, forward, false);
+  compare(s, out, size, back, true);
 }
 
 }  // namespace
@@ -342,6 +407,10 @@ int main() {
         test_pointwise(17, 40, 2, by_sign, threads);
         test_pointwise(300, 72, 1, by_sign, threads);
       }
+      test_depthwise(5, 3, 1, 1, 1, threads);
+      test_depthwise(40, 3, 2, 1, 1, threads);
+      test_depthwise(33, 5, 3, 4, 2, threads);
+      test_depthwise(16, 8, 1, 0, 1, threads);
       test_ratio_rows(3, 5, threads);
       test_ratio_rows(5, 515, threads);
       for (std::int64_t batch : {1, 5}) {
