@@ -1,10 +1,11 @@
 """How near explanations come to the limit of a CPU: `python -m benchmarks.cpu`.
 
-Four sections, all by default:
+Five sections, all by default:
 
     models      explanations in forward passes, beside zennit, `torch.compile` of the same program, and bfloat16; peak memory
     build       seconds until an explainer of a ResNet-50 can be called, with and without timing of kernels
     layers      for each kind of step: time, and the floor that its operations and bytes set at the rates measured here
+    dense       a VGG-16's dense layers for one image, beside reading their weights as often as the mathematics needs
     precision   how far bfloat16 maps are from float32 ones, on a trained network and on a random one
 
     python -m benchmarks.cpu --sections models --rows vgg16
@@ -34,7 +35,7 @@ from benchmarks import machine, memory, peers
 from benchmarks.timing import interleaved
 
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
-SECTIONS = ("models", "build", "layers", "precision")
+SECTIONS = ("models", "build", "layers", "dense", "precision")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +207,35 @@ def layers(row: Row, best: dict[str, float]) -> list[dict[str, Any]]:
     return [{"operation": name, **{k: round(v, 2) for k, v in kind.items()}} for name, kind in ordered]
 
 
+# ---- dense layers ---------------------------------------------------------------------------------------------------
+
+
+def dense(repeats: int = 15) -> dict[str, Any]:
+    """Time of a VGG-16's dense layers for one image, in times that reading their weights takes: each once forwards, and all but the
+    logit layer's (of which the target's row is enough) once backwards. The rate is the best of three ways to read as much memory."""
+    import lrpfast
+
+    work = peers.workload("vgg16", 1)
+    source = torch.ones(2**27)
+    halves = source.chunk(2)
+    with torch.no_grad():
+        reads = interleaved(
+            {"sum": source.sum, "maximum": source.max, "dot": lambda: torch.dot(*halves)}, rounds=repeats
+        )
+    rate = 4 * source.numel() / min(timing.median for timing in reads.values())
+    weights = [m.weight.numel() * 4 for m in work.model.modules() if isinstance(m, torch.nn.Linear)]
+    needed = (2 * sum(weights) - weights[-1]) / rate
+    found: dict[str, Any] = {"bytes_a_second": rate, "needed_ms": round(needed * 1000, 2)}
+    for name in ("epsilon_plus_flat", "alpha1_beta0", "gamma"):
+        explainer = lrpfast.Explainer(work.model, work.inputs, composite=name)
+        steps = [s for s in explainer.profile(work.inputs, repeats=repeats) if s.module.startswith("classifier")]
+        seconds = sum(step.seconds for step in steps)
+        found[name] = {"ms": round(seconds * 1000, 2), "ratio": round(seconds / needed, 3)}
+        del explainer, steps
+        gc.collect()
+    return found
+
+
 # ---- precision -------------------------------------------------------------------------------------------------------
 
 
@@ -273,6 +303,15 @@ def show(report: dict[str, Any], *, markdown: bool) -> str:
         parts.append(
             f"best rates: {best['flops'] / 1e9:.0f} GFLOP/s in a convolution, {best['bytes'] / 1e9:.1f} GB/s in a copy"
         )
+    if "dense" in report:
+        of = {name: value for name, value in report["dense"].items() if isinstance(value, dict)}
+        rows = [(name, str(value["ms"]), str(value["ratio"])) for name, value in of.items()]
+        parts.append(
+            table(("dense layers of a vgg16, one image", "ms", "of reading the weights"), rows, markdown=False)
+        )
+        parts.append(
+            f"reading them: {report['dense']['needed_ms']} ms at {report['dense']['bytes_a_second'] / 1e9:.1f} GB/s"
+        )
     if "precision" in report:
         rows = [tuple(str(v) for v in case.values()) for case in report["precision"]]
         parts.append(table(("network", "composite", "relative L2", "rank correlation"), rows, markdown=False))
@@ -311,6 +350,8 @@ def main(argv: list[str] | None = None) -> None:
         elif section == "layers":
             report["rates"] = rates()
             report["layers"] = {row.name: layers(row, report["rates"]) for row in rows}
+        elif section == "dense":
+            report["dense"] = dense()
         else:
             report["precision"] = precision()
     chosen.json.parent.mkdir(parents=True, exist_ok=True)
