@@ -9,7 +9,6 @@ namespace lrpfast {
 namespace {
 
 inline float scaled(float w, const float scales[2]) { return w * (w > 0.0f ? scales[0] : scales[1]); }
-inline Lanes scaled(Lanes w, const float scales[2]) { return w * (w > Lanes{} ? lanes(scales[0]) : lanes(scales[1])); }
 
 inline float sum_of(Lanes v) {
   float sum = 0.0f;
@@ -19,45 +18,64 @@ inline float sum_of(Lanes v) {
   return sum;
 }
 
-// Sums that are independent, so that the next product need not wait for the last, and short, which keeps rounding small.
-constexpr int kSums = 4;
+// Rows that are read together: memory gives several streams faster than one, and the input is loaded once for all.
+constexpr int kTogetherRows = 4;
+constexpr int kSums = 2;  // a row: the next product need not wait for the last
+constexpr std::int64_t kAhead = 512;
 
-template <bool kPlain, bool kScaled>
-inline void dense_output(const DenseArguments& a, std::int64_t output, std::int64_t n) {
+// `kMany` outputs from `output` on.
+template <bool kPlain, bool kScaled, int kMany>
+inline void dense_some(const DenseArguments& a, std::int64_t output, std::int64_t n) {
   const float *w = a.weight + output * a.inputs, *x = a.x + n * a.inputs;
-  Lanes plain[kSums] = {}, other[kSums] = {};
+  const Lanes positive = lanes(a.scales[0]), negative = lanes(a.scales[1]);
+  Lanes plain[kMany][kSums] = {}, other[kMany][kSums] = {};
   std::int64_t i = 0;
   for (; i + kSums * kLanes <= a.inputs; i += kSums * kLanes) {
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int j = 0; j < kSums; ++j) {
-      const Lanes weight = lanes(w + i + j * kLanes), input = lanes(x + i + j * kLanes);
-      if (kPlain) {
-        plain[j] = multiply_add(weight, input, plain[j]);
-      }
-      if (kScaled) {
-        other[j] = multiply_add(scaled(weight, a.scales), input, other[j]);
+      const Lanes input = lanes(x + i + j * kLanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < kMany; ++r) {
+        const float* at = w + r * a.inputs + i + j * kLanes;
+        __builtin_prefetch(at + kAhead, 0, 3);
+        const Lanes weight = lanes(at);
+        if (kPlain) {
+          plain[r][j] = multiply_add(weight, input, plain[r][j]);
+        }
+        if (kScaled) {
+          other[r][j] = multiply_add(weight * (weight > Lanes{} ? positive : negative), input, other[r][j]);
+        }
       }
     }
   }
-  float plain_sum = sum_of((plain[0] + plain[1]) + (plain[2] + plain[3]));
-  float other_sum = sum_of((other[0] + other[1]) + (other[2] + other[3]));
-  for (; i < a.inputs; ++i) {
-    plain_sum += w[i] * x[i];
-    other_sum += scaled(w[i], a.scales) * x[i];
-  }
-  if (kPlain) {
-    a.result[n * a.outputs + output] = plain_sum + (a.bias ? a.bias[output] : 0.0f);
-  }
-  if (kScaled) {
-    a.scaled_result[n * a.outputs + output] = other_sum + (a.scaled_bias ? a.scaled_bias[output] : 0.0f);
+  for (int r = 0; r < kMany; ++r) {
+    float plain_sum = sum_of(plain[r][0] + plain[r][1]), other_sum = sum_of(other[r][0] + other[r][1]);
+    for (std::int64_t rest = i; rest < a.inputs; ++rest) {
+      const float weight = w[r * a.inputs + rest];
+      plain_sum += weight * x[rest];
+      other_sum += scaled(weight, a.scales) * x[rest];
+    }
+    const std::int64_t at = n * a.outputs + output + r;
+    if (kPlain) {
+      a.result[at] = plain_sum + (a.bias ? a.bias[output + r] : 0.0f);
+    }
+    if (kScaled) {
+      a.scaled_result[at] = other_sum + (a.scaled_bias ? a.scaled_bias[output + r] : 0.0f);
+    }
   }
 }
 
 template <bool kPlain, bool kScaled>
 void dense_outputs(const DenseArguments& a, std::int64_t begin, std::int64_t end) {
-  for (std::int64_t output = begin; output < end; ++output) {
+  std::int64_t output = begin;
+  for (; output + kTogetherRows <= end; output += kTogetherRows) {
     for (std::int64_t n = 0; n < a.batch; ++n) {
-      dense_output<kPlain, kScaled>(a, output, n);
+      dense_some<kPlain, kScaled, kTogetherRows>(a, output, n);
+    }
+  }
+  for (; output < end; ++output) {
+    for (std::int64_t n = 0; n < a.batch; ++n) {
+      dense_some<kPlain, kScaled, 1>(a, output, n);
     }
   }
 }
