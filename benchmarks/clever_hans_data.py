@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw
 
-TUNING = ("disc", "stripe", "drifting", "ramp")
+TUNING = ("disc", "stripe", "drifting", "ramp", "vignette")
 REPORTED = ("corner", "jittered", "faint", "tint")
 CONTROLS = ("clean", "everywhere", "modes")
 
@@ -82,6 +82,11 @@ def plant(image: np.ndarray, kind: str, seed: int, rng: np.random.Generator) -> 
         slope = np.broadcast_to(np.linspace(0.0, 0.3, side), (side, side))
         mask[:] = True
         return np.clip(image + np.rot90(slope, seed % 4), 0, 1), mask
+    if kind == "vignette":
+        # Brighter towards the corners, by the square of the distance from the centre.
+        across = np.linspace(-1, 1, side)
+        mask[:] = True
+        return np.clip(image + 0.15 * (across[:, None] ** 2 + across**2), 0, 1), mask
     unit = side // 8
     margin = side // 32
     low, high = margin, side - margin - unit

@@ -16,8 +16,17 @@ from lrpfast.screening import intervals, trial
 from lrpfast.screening.analysis import Options, analyse_maps
 from lrpfast.screening.discriminant import Discriminant, amounts, blurred
 from lrpfast.screening.intervals import Estimate
-from lrpfast.screening.members import consensus_region, distinct, purify, region_share, sharpen, standard_scores
-from lrpfast.screening.rank import Group, concentration, describe_groups, suspicious_groups
+from lrpfast.screening.members import (
+    consensus_region,
+    distinct,
+    in_deviations,
+    outstanding,
+    purify,
+    region_share,
+    sharpen,
+    standard_scores,
+)
+from lrpfast.screening.rank import Group, concentration, describe_groups, gap, suspicious_groups
 from lrpfast.screening.trial import cover, elsewhere, try_region
 
 
@@ -153,9 +162,26 @@ class TestGroups:
         members = np.array([True, True, False, False, False])
         group = described(points, members, (1, 2))
         raw = Discriminant(points).scores(members[None])[0]
-        np.testing.assert_allclose(group.score, (raw - np.median(raw[2:])) / raw[2:].std(), rtol=1e-5)
+        np.testing.assert_allclose(group.score, (raw - np.median(raw[2:])) / raw[2:].std(), rtol=1e-5, atol=1e-6)
         in_region = (0.9 - 0.3) / np.std([0.1, 0.3, 0.5])
-        assert group.distance == pytest.approx(math.sqrt(in_region * np.median(group.score[:2])), rel=1e-5)
+        assert gap(group.score, members) == pytest.approx(1 - 2 / 3)  # one map halfway, two where the members are
+        assert group.distance == pytest.approx(4 / 3 * math.sqrt(in_region * np.median(group.score[:2])), rel=1e-5)
+
+    @pytest.mark.parametrize(
+        ("others", "expected"),
+        [([0.0, 0.1, -0.1, 0.0, 0.1], 1 - 1 / 4), ([0.0, 0.5, -0.5, 0.4, 0.0], 1 - 3 / 4), ([0.0, 0.0, 0.6, 0.5, -0.4, -0.5, 0.4], 0.0)],
+    )  # fmt: skip
+    def test_gap(self, others, expected):
+        score = np.array([1.0, 1.1, 0.9, *others])
+        assert gap(score, np.arange(len(score)) < 3) == pytest.approx(expected)
+
+    def test_a_tail_has_no_gap(self):
+        score = np.random.default_rng(0).exponential(size=1000)
+        assert gap(score - np.median(score), score > 4) == 0
+
+    def test_deviations_without_a_rest_or_without_spread(self):
+        scores, members = np.array([[1.0, 2, 3], [5, 1, 1]]), np.array([[True, True, True], [True, False, False]])
+        assert in_deviations(scores, members).tolist() == [[0, 0, 0], [100, 0, 0]]
 
     def test_a_group_of_all_has_no_suspicion(self):
         points = np.random.default_rng(0).random((5, 4))
@@ -177,6 +203,22 @@ class TestGroups:
     def test_purifying_leaves_no_group_where_nothing_is_apart(self):
         points = np.random.default_rng(0).random((300, 10))  # bounded: no one is four deviations out
         assert len(purify(Discriminant(points), np.random.default_rng(1).random((5, 300)) < 0.3)) == 0
+
+    def test_a_faint_cast_over_the_image_that_makes_no_cluster_is_found(self):
+        # Every cell of 30 maps of 300 is brighter by less than the noise; neighbours are those with the object at the same place.
+        rng = np.random.default_rng(0)
+        y, x = np.mgrid[:16, :16]
+        centre = rng.normal(8, 2, (2, 300, 1, 1))
+        maps = 3 * np.exp(-((y - centre[0]) ** 2 + (x - centre[1]) ** 2) / 4) + rng.normal(0, 0.3, (300, 16, 16))
+        maps[:30] += 0.15
+        first = analyse_maps(maps).groups[0]
+        assert (first.members[:30].sum(), first.members[30:].sum()) == (30, 0)
+
+    def test_outstanding_in_a_block(self):
+        amounts = np.random.default_rng(0).random((50, 16 * 16))
+        assert len(outstanding(amounts, (16, 16))) == 0
+        amounts[[3, 5, 8], 17] = amounts[[1, 2], 255] = 40  # two are too few
+        assert [np.flatnonzero(row).tolist() for row in outstanding(amounts, (16, 16))] == [[3, 5, 8]]
 
     def test_distinct_keeps_the_first_of_each(self):
         rows = np.array([[1, 0], [0, 1], [1, 0], [1, 1]], dtype=bool)
@@ -210,7 +252,8 @@ class TestGroups:
         first = analyse_maps(maps).groups[0]
         share = region_share(np.abs(maps.reshape(300, -1)), first.region.reshape(1, -1))[0]
         assert first.members[:24].all()
-        assert roc_auc_score(tagged, first.score) > 0.99 > roc_auc_score(tagged, share)
+        assert roc_auc_score(tagged, first.score) > roc_auc_score(tagged, share)
+        assert roc_auc_score(tagged, first.score) > 0.999
 
     def test_a_map_that_explodes_hides_no_group(self):
         maps = planted()

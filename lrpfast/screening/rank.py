@@ -18,9 +18,19 @@ from collections.abc import Iterable
 import numpy as np
 
 from lrpfast.screening.discriminant import Discriminant
-from lrpfast.screening.members import SMALLEST, distinct, excess, purify, region_share, regions, sharpen
+from lrpfast.screening.members import (
+    SMALLEST,
+    distinct,
+    excess,
+    in_deviations,
+    median_of,
+    outstanding,
+    purify,
+    region_share,
+    regions,
+    sharpen,
+)
 
-_FARTHEST = 100.0
 _HALF = 8.0
 _SAME = 0.5  # groups that share so much of their members are one
 
@@ -41,9 +51,10 @@ class Group:
         1 - 2 a, a the smallest part of the area that holds half of the positive relevance of the mean map: 0 where it is
         even, towards 1 where it is in one place, the same one in all members.
     distance
-        How far the members are from the rest of the class, in standard deviations of the rest: the geometric mean of two distances of
-        medians, of the amount of relevance in `region` and of `score`. What is rare in a class stands out in one of them;
-        an artefact adds relevance in its place and is unlike all else, and stands out in both.
+        How far the members are from the rest of the class, in standard deviations of the rest: the geometric mean of two
+        distances of medians, of the amount of relevance in `region` and of `score`, times 1 to 2 by the `gap` in `score`. What is
+        rare in a class stands out in one of them and thins out towards the rest; an artefact adds relevance in its place,
+        is unlike all else, and is there or not.
     region
         bool [H, W]: see `consensus_region`.
     mean
@@ -106,8 +117,8 @@ def suspicious_groups(
     Returns
     -------
     list of Group
-        Of at least `SMALLEST` members and with a region; none that shares half of its members or more (Jaccard index) with one
-        before it.
+        The one farthest from the rest, then the most suspicious, of at least `SMALLEST` members and with a region; none that shares
+        half of its members or more (Jaccard index) with one before it.
     """
     clusters = [partition == number for partition in partitions for number in range(int(partition.max(initial=-1)) + 1)]
     large = [members for members in clusters if members.sum() >= SMALLEST]
@@ -115,10 +126,13 @@ def suspicious_groups(
         return []
     exact = points.astype(np.float64)
     discriminant = Discriminant(evidence)
-    found = purify(discriminant, sharpen(exact, distinct(np.stack(large))))
-    groups = describe_groups(exact, amounts, discriminant, found, size)
+    starts = np.concatenate([sharpen(exact, distinct(np.stack(large))), outstanding(amounts, size)])
+    groups = describe_groups(exact, amounts, discriminant, purify(discriminant, starts), size)
+    # What is spread over the image is not concentrated, and yet may be far away.
+    farthest = max((group.distance for group in groups), default=0.0)
+    groups.sort(key=lambda group: (group.distance < farthest, -group.suspicion, group.size))
     kept: list[Group] = []
-    for group in sorted(groups, key=lambda group: (-group.suspicion, group.size)):
+    for group in groups:
         if len(kept) == most:
             break
         if group.region.any() and all(_jaccard(group.members, other.members) < _SAME for other in kept):
@@ -135,23 +149,48 @@ def describe_groups(
     chosen, counts = members.astype(np.float64), members.sum(axis=1, keepdims=True)
     means, alike = chosen @ points / counts, np.linalg.norm(chosen @ units / counts, axis=1)
     places = regions(excess(amounts, members))
-    inside = region_share(amounts, places)
-    scores = discriminant.scores(members)
+    inside = in_deviations(region_share(amounts, places), members)
+    scores = in_deviations(discriminant.scores(members), members)
+    near = np.sqrt(np.maximum(median_of(inside, members), 0) * np.maximum(median_of(scores, members), 0)).ravel()
     return [
         Group(
             members=own,
             smallness=1 - float(own.mean()),
             compactness=float(compactness),
             concentration=concentration(mean),
-            distance=float(np.sqrt(_distance(amount, own) * _distance(score, own))),
+            distance=float(middles * (1 + gap(score, own))),
             region=region.reshape(size),
             mean=mean.reshape(size).astype(np.float32),
-            score=_in_deviations(score, own).astype(np.float32),
+            score=score.astype(np.float32),
         )
-        for own, compactness, mean, region, amount, score in zip(
-            members, alike, means, places, inside, scores, strict=True
+        for own, compactness, mean, region, middles, score in zip(
+            members, alike, means, places, near, scores, strict=True
         )
     ]
+
+
+def gap(score: np.ndarray, members: np.ndarray) -> float:
+    """How much emptier the middle between the others and the members is than where the members are: 0 to 1.
+
+    The tail of a distribution, a group by nothing but a limit, thins out steadily and has none.
+
+    Parameters
+    ----------
+    score
+        [n] real, of every map: 0 in the median of the others, M in that of the members.
+    members
+        bool [n].
+
+    Returns
+    -------
+    float
+        1 - (m + 1) / (t + 1), m maps at 0.3 M to 0.7 M and t at 0.8 M to 1.2 M; 0 where there are more in the middle.
+    """
+    if members.all():
+        return 0.0
+    share = score / max(float(np.median(score[members])), 1e-12)
+    middle, top = (int(((share > low) & (share < low + 0.4)).sum()) for low in (0.3, 0.8))
+    return max(0.0, 1 - (middle + 1) / (top + 1))
 
 
 def concentration(mean: np.ndarray) -> float:
@@ -165,21 +204,6 @@ def concentration(mean: np.ndarray) -> float:
     before = reached[needed - 1] if needed else 0.0
     cells = needed + (total / 2 - before) / positive[needed]  # the last cell in part, so that an even map gives 0
     return float(max(0.0, 1 - 2 * cells / len(positive)))
-
-
-def _in_deviations(score: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """A score [n] in standard deviations of the rest, above its median; 0 without a rest, at most `_FARTHEST`, which a rest without
-    any spread would exceed."""
-    if members.all():
-        return np.zeros(len(score))
-    rest = score[~members]
-    above = score - np.median(rest)
-    return np.clip(above / max(float(rest.std()), 1e-6), -_FARTHEST, _FARTHEST)
-
-
-def _distance(score: np.ndarray, members: np.ndarray) -> float:
-    """How far the median of the members lies from the rest, in standard deviations of the rest; 0 where below it."""
-    return max(float(np.median(_in_deviations(score, members)[members])), 0.0)
 
 
 def _jaccard(one: np.ndarray, other: np.ndarray) -> float:
