@@ -87,8 +87,9 @@ def analyse_maps(maps: np.ndarray, options: Options = Options()) -> ClassAnalysi
     NumericsError
         NaN or infinity in a map.
     """
-    amount = discriminant.amounts(maps)
-    return analyse_points(normalise_maps(maps), discriminant.blurred(amount), amount, options)
+    points = normalise_maps(maps)  # first, since it looks for NaN
+    amounts = discriminant.amounts(maps)
+    return analyse_points(points, discriminant.blurred(amounts), amounts, options)
 
 
 def analyse_points(
