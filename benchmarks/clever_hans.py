@@ -1,7 +1,7 @@
 """Does the screening find planted artefacts that a model uses, and nothing else? Against simpler ways to look for them.
 
     python -m benchmarks.clever_hans run -o results/ [--minutes 3] [--set tuning|reported]     goes on where it was
-    python -m benchmarks.clever_hans table results/ [--markdown]
+    python -m benchmarks.clever_hans table results/
 
 A run draws images (`clever_hans_data`), trains a small network on them, explains its training images, and screens them with each method
 in the same way: cluster each class, try the most suspicious clusters on the model, rank the classes by verified effect. The methods differ
