@@ -1,7 +1,7 @@
 """Does the screening find planted artefacts that a model uses, and nothing else? Against simpler ways to look for them.
 
     python -m benchmarks.clever_hans run -o results/ [--minutes 3] [--set tuning|reported]     goes on where it was
-    python -m benchmarks.clever_hans table results/ [--markdown]
+    python -m benchmarks.clever_hans table results/
 
 A run draws images (`clever_hans_data`), trains a small network on them, explains its training images, and screens them with each method
 in the same way: cluster each class, try the most suspicious clusters on the model, rank the classes by verified effect. The methods differ
@@ -30,8 +30,8 @@ import lrpfast
 from benchmarks import clever_hans_data as source
 from benchmarks.clever_hans_data import CONTROLS, Data, Task
 from lrpfast.files import make_folder, replacing
-from lrpfast.screening import intervals
-from lrpfast.screening.analysis import analyse_points
+from lrpfast.screening import discriminant, intervals
+from lrpfast.screening.analysis import analyse_maps, analyse_points
 from lrpfast.screening.findings import is_flagged, strength
 from lrpfast.screening.graph import normalise_maps
 from lrpfast.screening.rank import Group
@@ -70,7 +70,7 @@ def runs(which: str) -> list[Run]:
     if which == "tuning":
         kinds = [(t, i, k) for t in source.TASKS for i, k in enumerate(source.TUNING)]
         return [Run(t, k, p, 100 + i) for t, i, k in kinds for p in (0.02, 0.05, 0.1, 0.3)] + [
-            Run(t, "clean", 0.0, 110 + i) for i in range(3) for t in source.TASKS
+            Run(t, "clean", 0.0, 120 + i) for i in range(10) for t in source.TASKS
         ]
     kinds = list(enumerate(source.REPORTED))
     found = []
@@ -170,11 +170,10 @@ def features(model: nn.Module, data: Data) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A candidate of a class: the group, what the trial gave, and a score for each image of the class."""
+    """A candidate of a class: the group, and what the trial gave."""
 
     group: Group
     effect: Effect
-    score: np.ndarray
 
 
 def screen_class(
@@ -182,11 +181,14 @@ def screen_class(
 ) -> list[Found]:
     """Cluster the images of a class and try the most suspicious clusters; the best first.
 
-    `points` [n, d] are clustered. `maps` [n, CELLS, CELLS] say where; None: the points are the maps.
+    `points` [n, ...] are clustered, and members told by them. `maps` [n, CELLS, CELLS] say where; None: the points are the maps.
     """
     own = data.images[data.labels == label]
-    points = normalise_maps(points) if maps is None else points
-    analysis = analyse_points(points, points if maps is None else normalise_maps(maps), (CELLS, CELLS))
+    if maps is None:
+        analysis = analyse_maps(points)
+    else:
+        evidence = blurred_channels(points) if points.ndim == 4 else points.astype(np.float64)
+        analysis = analyse_points(normalise_maps(points), evidence, discriminant.amounts(maps))
     rng = np.random.default_rng(label)
     found = []
     for group in analysis.groups[:_CANDIDATES]:
@@ -194,15 +196,13 @@ def screen_class(
         members = members[np.argsort(-group.score[members])][:_MEMBERS]
         rest = rng.permutation(rest)[:_RECIPIENTS]
         chosen = torch.from_numpy(own[members]), torch.from_numpy(own[rest])
-        effect = try_region(model, group.region, label, *chosen, others)
-        score = group.score if maps is None else _towards(points, group.members)
-        found.append(Found(group, effect, score))
+        found.append(Found(group, try_region(model, group.region, label, *chosen, others)))
     return sorted(found, key=lambda one: strength(one.group.distance, one.effect), reverse=True)
 
 
-def _towards(points: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """How far each point lies in the direction from the rest of the class to the cluster."""
-    return points @ (points[members].mean(0) - points[~members].mean(0))
+def blurred_channels(images: np.ndarray) -> np.ndarray:
+    """[n, C, CELLS, CELLS] as what a discriminant tells members by, as maps are."""
+    return np.concatenate([discriminant.blurred(images[:, channel]) for channel in range(images.shape[1])], axis=1)
 
 
 def wanted(run: Run) -> tuple[str, ...]:
@@ -245,9 +245,9 @@ def _one_method(run: Run, model: nn.Module, data: Data, predicted: np.ndarray, m
         return _simple(method, run, data, features(model, data)[1])
     if method in ("pixels", "features"):
         channels = data.images.shape[1]
-        small = np.concatenate([pooled(data.images[:, c]) for c in range(channels)], axis=1)
-        maps = _deviation(small.reshape(len(small), channels, CELLS, CELLS), data.labels)
-        points = normalise_maps(small if method == "pixels" else features(model, data)[0])
+        small = np.stack([pooled(data.images[:, c]) for c in range(channels)], axis=1)
+        maps = _deviation(small, data.labels)
+        points = small if method == "pixels" else features(model, data)[0]
         return _score(run, data, _screen(model, source.TASKS[run.task], data, predicted, points, maps))
     points = explain(model, data, method)
     return _score(run, data, _screen(model, source.TASKS[run.task], data, predicted, points, None))
@@ -287,7 +287,7 @@ def _score(run: Run, data: Data, found: dict[int, list[Found]]) -> dict[str, obj
     if run.kind not in ("clean", "modes", "everywhere"):
         planted = data.planted[data.labels == run.target]
         own = found[run.target]
-        score = own[0].score if own else np.zeros(len(planted))
+        score = own[0].group.score if own else np.zeros(len(planted))
         out |= _image_scores(planted, score)
         out["rank"] = order.index(run.target) + 1 if own else len(order)
         out["f1"] = max((_f1(planted, one.group.members) for one in own), default=0.0)

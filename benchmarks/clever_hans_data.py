@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw
 
-TUNING = ("disc", "stripe")
+TUNING = ("disc", "stripe", "drifting", "ramp", "vignette")
 REPORTED = ("corner", "jittered", "faint", "tint")
 CONTROLS = ("clean", "everywhere", "modes")
 
@@ -77,6 +77,16 @@ def plant(image: np.ndarray, kind: str, seed: int, rng: np.random.Generator) -> 
         shift = np.array([0.18, 0.0, -0.12]) if channels == 3 else np.array([0.15])
         mask[:] = True
         return np.clip(image + shift[:, None, None], 0, 1), mask
+    if kind == "ramp":
+        # Brighter towards one edge, from nothing at the other.
+        slope = np.broadcast_to(np.linspace(0.0, 0.3, side), (side, side))
+        mask[:] = True
+        return np.clip(image + np.rot90(slope, seed % 4), 0, 1), mask
+    if kind == "vignette":
+        # Brighter towards the corners, by the square of the distance from the centre.
+        across = np.linspace(-1, 1, side)
+        mask[:] = True
+        return np.clip(image + 0.15 * (across[:, None] ** 2 + across**2), 0, 1), mask
     unit = side // 8
     margin = side // 32
     low, high = margin, side - margin - unit
@@ -86,8 +96,15 @@ def plant(image: np.ndarray, kind: str, seed: int, rng: np.random.Generator) -> 
         # Up to an eighth of the side away from the corner, in both directions.
         down, right = rng.integers(0, unit + 1, 2)
         top, left = top + (down if corner < 2 else -down), left + (right if corner % 2 == 0 else -right)
-    if kind == "disc":
-        top, left = [(low, side // 2), (side // 2, low), (high, side // 2), (side // 2, high)][corner]
+    along = 0
+    if kind == "drifting":
+        # Half as large again, and up to an eighth of the side along its edge, to both sides.
+        along = int(rng.integers(-unit, unit + 1))
+        unit += unit // 2
+        low, high = margin, side - margin - unit
+    if kind in ("disc", "drifting"):
+        middle = side // 2 + along
+        top, left = [(low, middle), (middle, low), (high, middle), (middle, high)][corner]
     box = (slice(top, top + unit), slice(left, left + unit))
     y, x = np.mgrid[:unit, :unit]
     checks = ((y // max(1, unit // 4) + x // max(1, unit // 4)) % 2).astype(np.float64)
@@ -101,7 +118,7 @@ def plant(image: np.ndarray, kind: str, seed: int, rng: np.random.Generator) -> 
         mask[box] = True
         turned = np.rot90(out, corner, (1, 2)), np.rot90(mask, corner)
         return (image if corner == 0 else np.where(turned[1], 0.7, image)) if corner else out, turned[1]
-    if kind == "disc":
+    if kind in ("disc", "drifting"):
         inside = (y - (unit - 1) / 2) ** 2 + (x - (unit - 1) / 2) ** 2 <= (unit / 2) ** 2
         out[(slice(None), *box)] = np.where(inside, 0.9, out[(slice(None), *box)])
         mask[box] = inside

@@ -8,18 +8,25 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
+from sklearn.covariance import ledoit_wolf
+from sklearn.linear_model import Ridge
+from sklearn.metrics import roc_auc_score
 
 from lrpfast.screening import intervals, trial
 from lrpfast.screening.analysis import Options, analyse_maps
+from lrpfast.screening.discriminant import Discriminant, amounts, blurred
 from lrpfast.screening.intervals import Estimate
-from lrpfast.screening.rank import (
-    concentration,
+from lrpfast.screening.members import (
     consensus_region,
-    describe_groups,
+    distinct,
+    in_deviations,
+    outstanding,
+    purify,
     region_share,
     sharpen,
-    suspicious_groups,
+    standard_scores,
 )
+from lrpfast.screening.rank import Group, concentration, describe_groups, gap, suspicious_groups
 from lrpfast.screening.trial import cover, elsewhere, try_region
 
 
@@ -64,29 +71,157 @@ class TestRegion:
         assert region_share(points, np.array([[True, True, False, False]])).tolist() == [[0.25]]
 
 
+def described(maps: np.ndarray, members: np.ndarray, size: tuple[int, int]) -> Group:
+    """One group of maps that are normalised already."""
+    (group,) = describe_groups(maps, maps, Discriminant(maps), members[None], size)
+    return group
+
+
+class TestDiscriminant:
+    """The oracle is scikit-learn's ridge regression, fitted once for each map without it."""
+
+    @pytest.mark.parametrize(("samples", "size"), [(40, 6), (15, 30)])
+    def test_leave_one_out_against_a_fit_for_each_sample(self, samples, size):
+        rng = np.random.default_rng(size)
+        points = rng.normal(size=(samples, size)) * rng.uniform(0.2, 3, size)
+        members = np.arange(samples) < samples // 4
+        points[members, :2] += 2
+        shrinkage = min(ledoit_wolf(points)[1], 0.9)
+        penalty = samples * shrinkage / (1 - shrinkage) * points.var(axis=0).mean()
+        expected = []
+        for out in range(samples):
+            others = np.arange(samples) != out
+            # The penalty is that of the whole class: what is left out is the sample, not its share in the choice of the penalty.
+            fitted = Ridge(penalty).fit(points[others], members[others].astype(float))
+            expected.append(float((points[out] - points[others].mean(axis=0)) @ fitted.coef_))
+        np.testing.assert_allclose(Discriminant(points).scores(members[None])[0], expected, rtol=1e-8, atol=1e-10)
+
+    def test_a_group_at_random_does_not_stand_out(self):
+        # By a discriminant that has seen them, members of any group score high: 60 points in 40 dimensions can be split at will.
+        rng = np.random.default_rng(3)
+        points, members = rng.normal(size=(60, 40)), np.arange(60) < 10
+        score = Discriminant(points).scores(members[None])[0]
+        assert abs(score[members].mean() - score[~members].mean()) < 0.5 * score.std()
+
+    def test_it_discounts_what_varies_anyway(self):
+        # The members differ in cell 1 by 1; cell 0 carries the same, and a noise that cell 2 shows.
+        rng = np.random.default_rng(0)
+        members = np.arange(300) < 30
+        noise = rng.normal(0, 5, 300)
+        points = np.stack([members + noise + rng.normal(0, 0.1, 300), noise], axis=1)
+        score = Discriminant(points).scores(members[None])[0]
+        assert score[members].min() > score[~members].max()
+        assert points[members, 0].min() < np.median(points[~members, 0])
+
+    @pytest.mark.parametrize("samples", [1, 2, 5])
+    def test_points_that_are_all_the_same(self, samples):
+        assert not Discriminant(np.ones((samples, 4))).scores(np.ones((1, samples), dtype=bool)).any()
+
+
+class TestAmounts:
+    def test_maps_keep_their_proportion(self):
+        maps = np.array([[[1.0, -1.0]], [[2.0, 2.0]], [[8.0, 0.0]]])
+        np.testing.assert_allclose(amounts(maps), maps / 4)
+
+    def test_a_map_that_explodes_is_brought_down(self):
+        maps = np.array([[[1.0, -1.0]], [[1.0, 1.0]], [[3e9, -1e9]]])
+        np.testing.assert_allclose(amounts(maps)[2], [[2.25, -0.75]])
+
+    def test_zero_maps(self):
+        assert not amounts(np.zeros((3, 2, 2))).any()
+        np.testing.assert_allclose(amounts(np.stack([np.zeros((1, 2))] * 3 + [np.ones((1, 2))]))[3], [[0.5, 0.5]])
+
+    def test_blur_of_a_map_keeps_a_constant_and_brings_neighbours_together(self):
+        np.testing.assert_allclose(blurred(np.full((1, 16, 16), 3.0)), 3.0)
+        spots = np.zeros((3, 16, 16))
+        spots[0, 8, 8] = spots[1, 8, 9] = spots[2, 8, 14] = 1
+        near, far = (blurred(spots)[0] @ blurred(spots)[other] for other in (1, 2))
+        assert near > 0.7 * blurred(spots)[0] @ blurred(spots)[0]
+        assert far < 0.01 * near
+
+    def test_large_maps_are_sampled(self):
+        assert blurred(np.zeros((2, 28, 28))).shape == (2, 14 * 14)
+        assert blurred(np.zeros((2, 16, 5))).shape == (2, 16 * 5)
+
+
 class TestGroups:
     def test_facts_of_a_group(self):
         points = np.array([[1, 0, 0, 0], [1, 0, 0, 0], [0, 0.5, 0.5, 0], [0, 0.5, 0.25, 0.25]], dtype=float)
-        (group,) = describe_groups(points, np.array([[True, True, False, False]]), (2, 2))
+        group = described(points, np.array([True, True, False, False]), (2, 2))
         assert group.size == 2
         assert group.smallness == 0.5
         assert group.compactness == pytest.approx(1.0)
         assert group.concentration == pytest.approx(1 - 2 * 0.5 / 4)
         assert group.region.tolist() == [[True, False], [False, False]]
-        assert group.score.tolist() == [1, 1, 0, 0]
-        assert group.distance == 100.0  # the rest has no spread
-        assert group.separation == pytest.approx(100 / 105)
-        assert group.suspicion == pytest.approx(0.5 * 1.0 * 0.75 * 100 / 105)
+        assert group.score[:2].min() > group.score[2:].max()
+        assert group.separation == pytest.approx(group.distance**2 / (group.distance**2 + 64))
+        assert group.suspicion == pytest.approx(0.5 * 1.0 * 0.75 * group.separation)
 
-    def test_distance_is_in_standard_deviations_of_the_rest(self):
+    def test_distance_is_the_geometric_mean_of_amount_and_score_in_standard_deviations_of_the_rest(self):
         points = np.array([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.3, 0.7], [0.5, 0.5]])
-        (group,) = describe_groups(points, np.array([[True, True, False, False, False]]), (1, 2))
-        assert group.distance == pytest.approx((0.9 - 0.3) / np.std([0.1, 0.3, 0.5]), rel=1e-5)
+        members = np.array([True, True, False, False, False])
+        group = described(points, members, (1, 2))
+        raw = Discriminant(points).scores(members[None])[0]
+        np.testing.assert_allclose(group.score, (raw - np.median(raw[2:])) / raw[2:].std(), rtol=1e-5, atol=1e-6)
+        in_region = (0.9 - 0.3) / np.std([0.1, 0.3, 0.5])
+        assert gap(group.score, members) == pytest.approx(1 - 2 / 3)  # one map halfway, two where the members are
+        assert group.distance == pytest.approx(4 / 3 * math.sqrt(in_region * np.median(group.score[:2])), rel=1e-5)
+
+    @pytest.mark.parametrize(
+        ("others", "expected"),
+        [([0.0, 0.1, -0.1, 0.0, 0.1], 1 - 1 / 4), ([0.0, 0.5, -0.5, 0.4, 0.0], 1 - 3 / 4), ([0.0, 0.0, 0.6, 0.5, -0.4, -0.5, 0.4], 0.0)],
+    )  # fmt: skip
+    def test_gap(self, others, expected):
+        score = np.array([1.0, 1.1, 0.9, *others])
+        assert gap(score, np.arange(len(score)) < 3) == pytest.approx(expected)
+
+    def test_a_tail_has_no_gap(self):
+        score = np.random.default_rng(0).exponential(size=1000)
+        assert gap(score - np.median(score), score > 4) == 0
+
+    def test_deviations_without_a_rest_or_without_spread(self):
+        scores, members = np.array([[1.0, 2, 3], [5, 1, 1]]), np.array([[True, True, True], [True, False, False]])
+        assert in_deviations(scores, members).tolist() == [[0, 0, 0], [100, 0, 0]]
 
     def test_a_group_of_all_has_no_suspicion(self):
         points = np.random.default_rng(0).random((5, 4))
-        (group,) = describe_groups(points, np.ones((1, 5), dtype=bool), (2, 2))
-        assert group.suspicion == 0
+        assert described(points, np.ones(5, dtype=bool), (2, 2)).suspicion == 0
+
+    def test_standard_scores(self):
+        # Of the rest, 1 2 3 4 100, the median is 3 and the median deviation 1: a sample far out widens nothing.
+        scores = np.array([[1.0, 2, 3, 4, 100, 8]])
+        found = standard_scores(scores, np.arange(6)[None] == 5)
+        np.testing.assert_allclose(found, (scores - 3) / 1.4826)
+
+    def test_purifying_empties_an_impure_group_of_what_does_not_stand_out(self):
+        rng = np.random.default_rng(0)
+        points = rng.normal(size=(200, 10))
+        points[:12] += 3
+        impure = np.arange(200) < 60
+        assert any((found == (np.arange(200) < 12)).all() for found in purify(Discriminant(points), impure[None]))
+
+    def test_purifying_leaves_no_group_where_nothing_is_apart(self):
+        points = np.random.default_rng(0).random((300, 10))  # bounded: no one is four deviations out
+        assert len(purify(Discriminant(points), np.random.default_rng(1).random((5, 300)) < 0.3)) == 0
+
+    def test_what_is_spread_over_the_image_and_makes_no_cluster_is_found(self):
+        # Neighbours are those with the object at the same place; 12 maps of 300 are brighter towards the corners.
+        rng = np.random.default_rng(0)
+        y, x = np.mgrid[:16, :16]
+        centre = rng.normal(8, 3, (2, 300, 1, 1))
+        maps = 3 * np.exp(-((y - centre[0]) ** 2 + (x - centre[1]) ** 2) / 9) + rng.normal(0, 0.3, (300, 16, 16))
+        maps[:12] += 0.8 * ((y - 7.5) ** 2 + (x - 7.5) ** 2) / 112
+        assert np.flatnonzero(analyse_maps(maps).groups[0].members).tolist() == list(range(12))
+
+    def test_outstanding_in_a_block(self):
+        amounts = np.random.default_rng(0).random((50, 16 * 16))
+        assert len(outstanding(amounts, (16, 16))) == 0
+        amounts[[3, 5, 8], 17] = amounts[[1, 2], 255] = 40  # two are too few
+        assert [np.flatnonzero(row).tolist() for row in outstanding(amounts, (16, 16))] == [[3, 5, 8]]
+
+    def test_distinct_keeps_the_first_of_each(self):
+        rows = np.array([[1, 0], [0, 1], [1, 0], [1, 1]], dtype=bool)
+        assert distinct(rows).tolist() == [[True, False], [False, True], [True, True]]
 
     def test_sharpening_throws_out_who_looks_elsewhere(self):
         analysis = planted().reshape(100, -1)
@@ -103,10 +238,29 @@ class TestGroups:
         assert first.distance > 6
         assert all(first.suspicion >= other.suspicion for other in found.groups)
 
+    def test_a_tag_that_moves_is_told_from_the_rest(self):
+        rng = np.random.default_rng(0)
+        y, x = np.mgrid[:16, :16]
+        centre, width = rng.normal(8, 2, (2, 300, 1, 1)), rng.uniform(1.5, 3, (300, 1, 1))
+        maps = np.exp(-((y - centre[0]) ** 2 + (x - centre[1]) ** 2) / width**2) * rng.uniform(0.5, 2, (300, 1, 1))
+        maps += rng.normal(0, 0.1, maps.shape)
+        for index in range(24):
+            column = int(rng.integers(5, 9))
+            maps[index, :2, column : column + 3] += 1
+        tagged = np.arange(300) < 24
+        first = analyse_maps(maps).groups[0]
+        assert first.members[:24].all()
+        assert roc_auc_score(tagged, first.score) > 0.99
+
+    def test_a_map_that_explodes_hides_no_group(self):
+        maps = planted()
+        maps[50] *= 1e12
+        assert np.flatnonzero(analyse_maps(maps).groups[0].members).tolist() == list(range(8))
+
     def test_groups_that_share_half_of_their_members_are_one(self):
         points = np.random.default_rng(0).random((20, 4)).astype(np.float32)
         partition = (np.arange(20) >= 6).astype(int)
-        groups = suspicious_groups(points, [partition, partition], (2, 2))
+        groups = suspicious_groups(points, points, points, [partition, partition], (2, 2))
         for number, group in enumerate(groups):
             for other in groups[:number]:
                 both, either = (group.members & other.members).sum(), (group.members | other.members).sum()

@@ -22,6 +22,7 @@ import numpy as np
 
 from lrpfast.errors import InputError, NumericsError
 from lrpfast.files import make_folder, remove_temporaries, replacing
+from lrpfast.screening import discriminant
 from lrpfast.screening import manifest as manifests
 from lrpfast.screening.graph import nearest_neighbours, neighbour_count, neighbour_graph, normalise_maps
 from lrpfast.screening.rank import Group, suspicious_groups
@@ -31,7 +32,7 @@ from lrpfast.screening.threads import one_thread
 
 _LARGE = 8192  # samples: such a class is done alone
 _GROUP = tuple(field.name for field in dataclasses.fields(Group))
-_FORMAT = 1  # of the files of classes; changed with what the analysis computes, so that old ones are made again
+_FORMAT = 2  # of the files of classes; changed with what the analysis computes, so that old ones are made again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,29 +87,31 @@ def analyse_maps(maps: np.ndarray, options: Options = Options()) -> ClassAnalysi
     NumericsError
         NaN or infinity in a map.
     """
-    points = normalise_maps(maps)
-    return analyse_points(points, points, (maps.shape[1], maps.shape[2]), options)
+    points = normalise_maps(maps)  # first, since it looks for NaN
+    amounts = discriminant.amounts(maps)
+    return analyse_points(points, discriminant.blurred(amounts), amounts, options)
 
 
 def analyse_points(
     points: np.ndarray,
+    evidence: np.ndarray,
     maps: np.ndarray,
-    size: tuple[int, int],
     options: Options = Options(),  # noqa: B008
 ) -> ClassAnalysis:
-    """Cluster any points [n, d], say where by normalised maps [n, H*W] with `size` = (H, W); else as `analyse_maps`."""
+    """Cluster any points [n, d], tell members by any evidence [n, e], and say where by maps [n, H, W]; else as `analyse_maps`."""
     with one_thread() if len(points) <= _LARGE else contextlib.nullcontext():
-        return _analyse_points(points, maps, size, options)
+        return _analyse_points(points, evidence, maps, options)
 
 
-def _analyse_points(points: np.ndarray, maps: np.ndarray, size: tuple[int, int], options: Options) -> ClassAnalysis:
+def _analyse_points(points: np.ndarray, evidence: np.ndarray, maps: np.ndarray, options: Options) -> ClassAnalysis:
     count = neighbour_count(len(points)) if options.neighbours is None else min(options.neighbours, len(points) - 1)
     graph = neighbour_graph(nearest_neighbours(points, count)[0])
     spectrum = laplacian_spectrum(graph, options.eigenpairs)
     chosen = cluster_count(spectrum.eigenvalues)
     clusters = cluster(spectrum, chosen, options.seed)
     levels = (cluster(spectrum, k, options.seed, starts=3) for k in range(2, len(spectrum.eigenvalues) + 1))
-    groups = suspicious_groups(maps, levels, size)
+    size = (maps.shape[1], maps.shape[2])
+    groups = suspicious_groups(normalise_maps(maps), maps.reshape(len(maps), -1), evidence, levels, size)
     return ClassAnalysis(clusters, spectrum.eigenvalues, spectrum.eigenvectors.astype(np.float32), tuple(groups))
 
 

@@ -1,6 +1,6 @@
 """What a screening found: groups of samples with what the model did in the trial, the largest verified effect first.
 
-A finding is flagged where two things hold: its members lie far from the rest of their class where they look, further than two
+A finding is flagged where two things hold: its members lie far from the rest of their class, further than two
 ways of drawing an object do, and pasting surely moves predictions. Either alone is not enough: an object's own parts move
 predictions too, and a rare mode of a class that decides nothing lies far away. Flagged findings come first, by the
 lower end of the effect's interval, so that an effect seen in few trials does not stand before a smaller one that is
@@ -30,9 +30,9 @@ from lrpfast.screening.schema import ClassInfo
 from lrpfast.screening.trial import Effect
 
 # The limits of a flag, chosen on the tuning runs of benchmarks/clever_hans.py: standard deviations, and share of other images.
-FLAG_DISTANCE, FLAG_EFFECT = 6.0, 0.05
+FLAG_DISTANCE, FLAG_EFFECT = 11.0, 0.05
 JSON, CSV = "findings.json", "findings.csv"
-_FORMAT = 1
+_FORMAT = 2
 _EXAMPLES = 20
 
 
@@ -164,7 +164,7 @@ def _entry(rank: int, finding: Finding, names: dict[int, ClassInfo]) -> dict[str
             {
                 "sample": int(finding.sample[at]),
                 "path": finding.paths[at],
-                "relevance_in_region": round(float(group.score[at]), 4),
+                "score": round(float(group.score[at]), 2),
             }
             for at in typical[:_EXAMPLES]
         ],

@@ -7,7 +7,7 @@ tried on the model; what the trial finds decides (`trial`).
 
 The partition that the eigengap chooses shows the class at its coarsest: the ways to draw an object differ more than a tag of a few
 pixels, and a small group hides in a large cluster. So groups are taken from the partitions into 2, 3, ... clusters alike,
-and each is sharpened before it is judged: where its members look tells who belongs to it, and who belongs to it tells where they look.
+and brought to those that have something in common (`members`) before they are judged.
 """
 
 from __future__ import annotations
@@ -17,9 +17,21 @@ from collections.abc import Iterable
 
 import numpy as np
 
-SMALLEST = 3  # members: of fewer no consensus can be told
-_ROUNDS = 5  # of sharpening; two or three are enough as a rule
-_HALF = 5.0
+from lrpfast.screening.discriminant import Discriminant
+from lrpfast.screening.members import (
+    SMALLEST,
+    distinct,
+    excess,
+    in_deviations,
+    median_of,
+    outstanding,
+    purify,
+    region_share,
+    regions,
+    sharpen,
+)
+
+_HALF = 8.0
 _SAME = 0.5  # groups that share so much of their members are one
 
 
@@ -39,14 +51,17 @@ class Group:
         1 - 2 a, a the smallest part of the area that holds half of the positive relevance of the mean map: 0 where it is
         even, towards 1 where it is in one place, the same one in all members.
     distance
-        How far the members are from the rest of the class where they look: the median of their `score` above that of the rest, in
-        standard deviations of the rest.
+        How far the members are from the rest of the class, in standard deviations of the rest: the geometric mean of two
+        distances of medians, of the amount of relevance in `region` and of `score`, times 1 to 2 by the `gap` in `score`. What is
+        rare in a class stands out in one of them and thins out towards the rest; an artefact adds relevance in its place,
+        is unlike all else, and is there or not.
     region
         bool [H, W]: see `consensus_region`.
     mean
         float32 [H, W]: the mean of the members' normalised maps.
     score
-        float32 [n], of every map of the class: the share of its relevance that lies in `region`.
+        float32 [n], of every map of the class: how clearly it belongs to the group, by a discriminant that has not seen it
+        (`discriminant`), in standard deviations of the rest above its median.
     """
 
     members: np.ndarray
@@ -66,7 +81,7 @@ class Group:
     @property
     def separation(self) -> float:
         """`distance` brought to 0..1: a half at `_HALF` standard deviations."""
-        return self.distance / (self.distance + _HALF)
+        return self.distance**2 / (self.distance**2 + _HALF**2)
 
     @property
     def suspicion(self) -> float:
@@ -76,16 +91,22 @@ class Group:
 
 def suspicious_groups(
     points: np.ndarray,
+    amounts: np.ndarray,
+    evidence: np.ndarray,
     partitions: Iterable[np.ndarray],
     size: tuple[int, int],
     most: int = 5,
 ) -> list[Group]:
-    """Judge the clusters of several partitions of a class, sharpened; the most suspicious first.
+    """Judge the groups that the clusters of several partitions of a class lead to; the most suspicious first.
 
     Parameters
     ----------
     points
-        [n, H*W] float32, normalised maps.
+        [n, H*W] real, normalised maps.
+    amounts
+        [n, H*W] real, the same maps by `discriminant.amounts`.
+    evidence
+        [n, d] real: what the discriminant tells members by; for maps, `discriminant.blurred` of the amounts.
     partitions
         Each [n] integer: the cluster of each map, from 0.
     size
@@ -96,18 +117,22 @@ def suspicious_groups(
     Returns
     -------
     list of Group
-        Of at least `SMALLEST` members and with a region; none that shares half of its members or more (Jaccard index) with one
-        before it.
+        The one farthest from the rest, then the most suspicious, of at least `SMALLEST` members and with a region; none that shares
+        half of its members or more (Jaccard index) with one before it.
     """
     clusters = [partition == number for partition in partitions for number in range(int(partition.max(initial=-1)) + 1)]
     large = [members for members in clusters if members.sum() >= SMALLEST]
     if not large:
         return []
     exact = points.astype(np.float64)
-    sharper = sharpen(exact, np.unique(np.stack(large), axis=0))
-    groups = describe_groups(exact, np.unique(sharper, axis=0), size)
+    discriminant = Discriminant(evidence)
+    starts = np.concatenate([sharpen(exact, distinct(np.stack(large))), outstanding(amounts, size)])
+    groups = describe_groups(exact, amounts, discriminant, purify(discriminant, starts), size)
+    # What is spread over the image is not concentrated, and yet may be far away.
+    farthest = max((group.distance for group in groups), default=0.0)
+    groups.sort(key=lambda group: (group.distance < farthest, -group.suspicion, group.size))
     kept: list[Group] = []
-    for group in sorted(groups, key=lambda group: (-group.suspicion, group.size)):
+    for group in groups:
         if len(kept) == most:
             break
         if group.region.any() and all(_jaccard(group.members, other.members) < _SAME for other in kept):
@@ -115,61 +140,57 @@ def suspicious_groups(
     return kept
 
 
-def sharpen(points: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """Let members and region agree: a map belongs to a group if its share in the group's region is nearer to the members'
-    than to the others' (median), and the region follows from the members; repeated until nothing changes.
-
-    Parameters
-    ----------
-    points
-        [n, H*W] float64, normalised maps.
-    members
-        bool [g, n], each group by itself.
-
-    Returns
-    -------
-    numpy.ndarray
-        bool [g, n]; as given, where a group is all of the class, or nothing sets it apart.
-    """
-    members = members.copy()
-    moving = np.flatnonzero(~members.all(axis=1))
-    for _ in range(_ROUNDS):
-        share = region_share(points, _regions(_excess(points, members[moving])))
-        changed = []
-        for group, score in zip(moving, share, strict=True):
-            own = members[group]
-            halfway = (np.median(score[own]) + np.median(score[~own])) / 2
-            sharper = score > halfway
-            if SMALLEST <= sharper.sum() < len(sharper) and (sharper != own).any():
-                members[group] = sharper
-                changed.append(group)
-        if not changed:
-            break
-        moving = np.array(changed)
-    return members
-
-
-def describe_groups(points: np.ndarray, members: np.ndarray, size: tuple[int, int]) -> list[Group]:
-    """Describe groups, `members` bool [g, n], of the normalised maps `points` [n, H*W] float64; see `Group`."""
+def describe_groups(
+    points: np.ndarray, amounts: np.ndarray, discriminant: Discriminant, members: np.ndarray, size: tuple[int, int]
+) -> list[Group]:
+    """Describe groups, `members` bool [g, n], of the maps `points` and `amounts`, [n, H*W] float64; see `Group`."""
     lengths = np.linalg.norm(points, axis=1, keepdims=True)
     units = np.divide(points, lengths, out=np.zeros_like(points), where=lengths > 0)
     chosen, counts = members.astype(np.float64), members.sum(axis=1, keepdims=True)
     means, alike = chosen @ points / counts, np.linalg.norm(chosen @ units / counts, axis=1)
-    regions = _regions(_excess(points, members))
-    scores = region_share(points, regions)
+    places = regions(excess(amounts, members))
+    inside = in_deviations(region_share(amounts, places), members)
+    scores = in_deviations(discriminant.scores(members), members)
+    near = np.sqrt(np.maximum(median_of(inside, members), 0) * np.maximum(median_of(scores, members), 0)).ravel()
     return [
         Group(
             members=own,
             smallness=1 - float(own.mean()),
             compactness=float(compactness),
             concentration=concentration(mean),
-            distance=_distance(score, own),
+            distance=float(middles * (1 + gap(score, own))),
             region=region.reshape(size),
             mean=mean.reshape(size).astype(np.float32),
             score=score.astype(np.float32),
         )
-        for own, compactness, mean, region, score in zip(members, alike, means, regions, scores, strict=True)
+        for own, compactness, mean, region, middles, score in zip(
+            members, alike, means, places, near, scores, strict=True
+        )
     ]
+
+
+def gap(score: np.ndarray, members: np.ndarray) -> float:
+    """How much emptier the middle between the others and the members is than where the members are: 0 to 1.
+
+    The tail of a distribution, a group by nothing but a limit, thins out steadily and has none.
+
+    Parameters
+    ----------
+    score
+        [n] real, of every map: 0 in the median of the others, M in that of the members.
+    members
+        bool [n].
+
+    Returns
+    -------
+    float
+        1 - (m + 1) / (t + 1), m maps at 0.3 M to 0.7 M and t at 0.8 M to 1.2 M; 0 where there are more in the middle.
+    """
+    if members.all():
+        return 0.0
+    share = score / max(float(np.median(score[members])), 1e-12)
+    middle, top = (int(((share > low) & (share < low + 0.4)).sum()) for low in (0.3, 0.8))
+    return max(0.0, 1 - (middle + 1) / (top + 1))
 
 
 def concentration(mean: np.ndarray) -> float:
@@ -183,54 +204,6 @@ def concentration(mean: np.ndarray) -> float:
     before = reached[needed - 1] if needed else 0.0
     cells = needed + (total / 2 - before) / positive[needed]  # the last cell in part, so that an even map gives 0
     return float(max(0.0, 1 - 2 * cells / len(positive)))
-
-
-def consensus_region(excess: np.ndarray) -> np.ndarray:
-    """Where a group's relevance lies and that of the rest of its class does not.
-
-    The cells where the mean map of the members exceeds that of the rest by at least half of the largest excess (the
-    width at half maximum).
-
-    Parameters
-    ----------
-    excess
-        Any shape, the mean normalised map of the members minus that of all others of the class (minus 0 where there are none).
-
-    Returns
-    -------
-    numpy.ndarray
-        bool, as large; empty where there is no excess.
-    """
-    largest = float(excess.max(initial=0.0))
-    return (excess >= largest / 2) if largest > 0 else np.zeros(excess.shape, dtype=bool)
-
-
-def region_share(points: np.ndarray, regions: np.ndarray) -> np.ndarray:
-    """The share of each normalised map [n, H*W] that lies in regions bool [g, H*W], signed: [g, n] in -1..1."""
-    return regions.astype(points.dtype) @ points.T
-
-
-def _excess(points: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """[g, H*W]: the mean of each group's maps minus that of all others."""
-    counts = members.sum(axis=1, keepdims=True)
-    own = members.astype(points.dtype) @ points
-    rest = points.sum(axis=0) - own
-    rest[(counts == len(points)).ravel()] = 0
-    return own / counts - rest / np.maximum(len(points) - counts, 1)
-
-
-def _regions(excess: np.ndarray) -> np.ndarray:
-    return np.array([consensus_region(row) for row in excess], dtype=bool).reshape(excess.shape)
-
-
-def _distance(score: np.ndarray, members: np.ndarray) -> float:
-    """See `Group.distance`; 0 without a rest, at most 100, which a rest without any spread would exceed."""
-    if members.all():
-        return 0.0
-    rest = score[~members].astype(np.float64)
-    above = float(np.median(score[members]) - np.median(rest))
-    spread = max(float(rest.std()), 1e-6)
-    return min(max(above / spread, 0.0), 100.0)
 
 
 def _jaccard(one: np.ndarray, other: np.ndarray) -> float:

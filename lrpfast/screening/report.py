@@ -200,7 +200,7 @@ def _plot(
         "y": [round(float(y), 4) for y in places[:, 1]],
         "cluster": analysis.clusters[chosen].tolist(),
         "group": np.where(inside, first, -1).tolist(),
-        "score": [round(float(value), 3) for value in score],
+        "score": [round(float(value), 2) for value in score],
         "name": [os.path.basename(samples.path[at]) for at in chosen],
         "prediction": [names.get(int(p), str(int(p))) for p in samples.prediction[chosen]],
         "eigenvalues": [round(float(value), 5) for value in analysis.eigenvalues],
