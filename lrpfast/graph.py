@@ -47,6 +47,7 @@ class Constants(MutableMapping[str, torch.Tensor]):
     def __delitem__(self, name: str) -> None:
         del self._tensors[name]
         self._makers.pop(name, None)
+        self._scaled.pop(name, None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -63,8 +64,9 @@ class Constants(MutableMapping[str, torch.Tensor]):
         self._scaled[name] = source, scales
 
     def scaled(self, name: str) -> tuple[str, Scales] | None:
-        """The constant that one is made of by `scale`, and how."""
-        return self._scaled.get(name)
+        """The constant that one is made of by `scale`, and how; None where it is not, or where that constant is gone."""
+        found = self._scaled.get(name)
+        return found if found is not None and found[0] in self._tensors else None
 
     def is_derived(self, name: str) -> bool:
         return name in self._makers
