@@ -151,7 +151,7 @@ struct PointwiseArguments {
   const float* input;           // [images, size, channels]
   const float *weight, *lower;  // [filters / 32, rounded up][channels, twice by sign][32]
   float* result;                // [images, out_size, filters]
-  float* workspace;             // shares * block * (channels, twice by sign, + 16) floats
+  float* workspace;             // shares * block * (channels, twice by sign, + 16 + filters, rounded up to 32) floats
   std::int64_t images, size[2], out_size[2], stride[2], channels, filters;
   std::int64_t block;   // rows that are worked on at a time
   std::int64_t shares;  // parts that rows are dealt into, one a thread

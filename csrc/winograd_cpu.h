@@ -3,7 +3,7 @@
 //
 // Each 2 x 2 tile of the result comes from a 4 x 4 tile of the input: Y = A' [(G g G') * (B' d B)] A, where the elementwise
 // products, summed over channels, are 16 products of matrices. Sums over channels are as long as in the direct form's ninth,
-// so rounding is no worse than there (measured in tests/test_winograd.py). A value of the result depends on its own window
+// so rounding is no worse than there (measured in tests/test_ops_products.py). A value of the result depends on its own window
 // alone, in rounding errors too: a window of zeros gives zero exactly, which ratios rely on. Larger tiles would save more and
 // lose digits.
 #pragma once

@@ -17,8 +17,9 @@ from . import reference, transposes
 from .layouts import channel_layout, ratio_layout, same_layout
 from .reference import Scales
 
-# Samples up to which a dense layer is bound by reading its weight, which torch does slower than memory gives it.
-SMALL_BATCH = 16
+# Samples up to which a dense layer takes the time of reading its weight, whatever is computed from it; and up to which its
+# transpose does. torch reads it slower than memory gives it.
+FEW_SAMPLES, _FEW_MESSAGES = 4, 16
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -152,8 +153,8 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Scales | None 
 
     In float32 the weight is read once, at the memory's speed; where N is large, products of matrices are faster.
     """
-    if not _is_small(x, weight):
-        return torch.nn.functional.linear(x, weight if scales is None else reference.scaled(weight, scales), bias)
+    if not _reads_once(x, weight, FEW_SAMPLES):
+        return reference.dense(x, weight, bias, scales)
     z = x.new_empty((x.shape[0], weight.shape[0]))
     if scales is None:
         _dense(x, weight, bias, None, z, None, (1.0, 1.0))
@@ -166,7 +167,7 @@ def dense_pair(
     x: Tensor, weight: Tensor, bias: Tensor | None, scaled_bias: Tensor | None, scales: Scales
 ) -> tuple[Tensor, Tensor]:
     """`dense` with the weight and its bias as they are, and with the weight scaled and a bias of its own: one reading for both."""
-    if not _is_small(x, weight):
+    if not _reads_once(x, weight, FEW_SAMPLES):
         return dense(x, weight, bias), dense(x, weight, scaled_bias, scales)
     z = x.new_empty((x.shape[0], weight.shape[0]))
     scaled_z = torch.empty_like(z)
@@ -189,7 +190,7 @@ def _dense(
 
 def dense_dgrad(s: Tensor, weight: Tensor, scales: Scales | None = None) -> Tensor:
     """``s @ weight`` for `s` ``[N, O]`` and a dense layer's weight ``[O, I]``, which may be scaled; see `dense`."""
-    if not _is_small(s, weight):
+    if not _reads_once(s, weight, _FEW_MESSAGES):
         return torch.matmul(s, weight if scales is None else reference.scaled(weight, scales))
     assert extension is not None
     s = s.contiguous()
@@ -201,10 +202,10 @@ def dense_dgrad(s: Tensor, weight: Tensor, scales: Scales | None = None) -> Tens
     return out
 
 
-def _is_small(x: Tensor, weight: Tensor) -> bool:
-    """Whether a dense layer is one for the kernels: few samples, float32, the weight row by row."""
+def _reads_once(x: Tensor, weight: Tensor, samples: int) -> bool:
+    """Whether a dense layer is one for the kernels: at most so many samples, float32, the weight row by row."""
     plain = x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu and weight.is_contiguous()
-    return extension is not None and plain and x.shape[0] <= SMALL_BATCH
+    return extension is not None and plain and x.shape[0] <= samples
 
 
 def channel_sum(carrier: Tensor | None, message: Tensor, groups: int, out: Tensor | None = None) -> Tensor:

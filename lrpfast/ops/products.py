@@ -191,9 +191,7 @@ class Pointwise:
         assert native.extension is not None
         panels, depth, _ = self.weight.shape
         threads = torch.get_num_threads()
-        rows = (
-            14 if depth <= 64 else 28
-        )  # worked on at a time: their products stay in the first-level cache, or near it
+        rows = 14 if depth <= 64 else 28  # at a time: their products stay in the first-level cache, or near it
         workspace = torch.empty(threads * rows * (depth + _SKEW + panels * _PANEL))
         native.extension.pointwise(
             x.data_ptr(), self.weight.data_ptr(), 0 if self.lower is None else self.lower.data_ptr(), out.data_ptr(),

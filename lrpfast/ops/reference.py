@@ -20,6 +20,22 @@ def scaled(weight: Tensor, scales: Scales) -> Tensor:
     return torch.where(weight > 0, weight * scales[0], weight * scales[1])
 
 
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Scales | None = None) -> Tensor:
+    """A dense layer: `x` ``[N, I]``, `weight` ``[O, I]``, which may be scaled.
+
+    For few samples on a CPU the weight is the left factor, so that it is read once, in its own order.
+    """
+    if scales is not None:
+        weight = scaled(weight, scales)
+    if not 1 < x.shape[0] <= _FEW or x.device.type != "cpu" or x.dtype is not torch.float32:
+        return torch.nn.functional.linear(x, weight, bias)
+    product = torch.mm(weight, x.t()) if bias is None else torch.addmm(bias[:, None], weight, x.t())
+    return product.t().contiguous()
+
+
+_FEW = 16  # samples; of more, a product of matrices reads the weight often enough to keep it in the caches
+
+
 def ratio(
     carrier: Tensor | None, message: Tensor, denominator: Tensor, eps: float, out: Tensor | None = None
 ) -> Tensor:

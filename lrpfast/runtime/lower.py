@@ -26,6 +26,7 @@ from lrpfast.graph import (
     value,
 )
 from lrpfast.ops import native, reference
+from lrpfast.ops.reference import Scales
 from lrpfast.ops.transposes import TRANSPOSES
 from lrpfast.runtime.convolutions import Convolutions
 from lrpfast.runtime.fusion import Either, find_groups
@@ -175,27 +176,27 @@ class Lowering:
         if rank(node) != 2:
             return None
         if not self._reads_once(node, weight):
-            return Step(node, _small_batch_linear, node.args)
+            return Step(node, reference.dense, node.args)
         scaled = self.program.constants.scaled(weight.target)
         if scaled is not None:
             source, scales = scaled
             return Step(node, native.dense, (x, self.constant(source), bias, scales), note="weight modified on the way")
-        other = next((u for u in x.users if self._is_scaled(u, node) and u not in self._computed), None)
-        if other is None:
-            return Step(node, native.dense, (x, weight, bias))
-        self._computed.add(other)
-        _, scales = self.program.constants.scaled(other.args[1].target) or ("", (1.0, 1.0))
-        return Step(
-            node, native.dense_pair, (x, weight, bias, other.args[2], scales), note="with its modified weight's",
-            also=(other,), computes=(node, other),
-        )  # fmt: skip
+        for other in x.users:
+            modified = self._scales(other, node)
+            if modified is not None and other not in self._computed:
+                self._computed.add(other)
+                return Step(
+                    node, native.dense_pair, (x, weight, bias, other.args[2], modified),
+                    note="with its modified weight's", also=(other,), computes=(node, other),
+                )  # fmt: skip
+        return Step(node, native.dense, node.args)
 
-    def _is_scaled(self, node: fx.Node, layer: fx.Node) -> bool:
-        """Whether a node is a dense layer with that layer's weight modified, of the same input."""
+    def _scales(self, node: fx.Node, layer: fx.Node) -> Scales | None:
+        """Of a node that is a dense layer of the same input with that layer's weight modified: how."""
         if node.target is not aten.linear.default or node.args[0] is not layer.args[0] or not is_tensor(node.args[1]):
-            return False
-        scaled = self.program.constants.scaled(node.args[1].target)
-        return scaled is not None and scaled[0] == layer.args[1].target
+            return None
+        source, scales = self.program.constants.scaled(node.args[1].target) or (None, None)
+        return scales if source == layer.args[1].target else None
 
     def _lower_matmul(self, node: fx.Node) -> Step | None:
         """A dense layer's transpose."""
@@ -211,7 +212,7 @@ class Lowering:
 
     def _reads_once(self, node: fx.Node, weight: fx.Node) -> bool:
         """Whether a dense layer's time is that of reading its weight, so that a modified one is not worth the memory."""
-        small = self.convolutions.batch <= _FEW_SAMPLES and weight.op == "get_attr"
+        small = self.convolutions.batch <= native.FEW_SAMPLES and weight.op == "get_attr"
         return small and self.kernels is native and value(node).dtype is torch.float32 and native.extension is not None
 
     # --- pooling ---
@@ -375,15 +376,3 @@ def is_plain_sum(node: fx.Node) -> bool:
     """Whether a node is the sum of two tensors."""
     tensors = node.target is aten.add.Tensor and all(is_tensor(a) for a in node.args[:2])
     return tensors and argument(node, 2, "alpha", 1) == 1
-
-
-# Samples for which a dense layer takes the time of reading its weight, whatever is computed from it.
-_FEW_SAMPLES = 4
-
-
-# With the weight as the left factor it is read once, in its own order.
-def _small_batch_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if not 1 < x.shape[0] <= native.SMALL_BATCH or x.device.type != "cpu" or x.dtype is not torch.float32:
-        return torch.nn.functional.linear(x, weight, bias)
-    product = torch.mm(weight, x.t()) if bias is None else torch.addmm(bias[:, None], weight, x.t())
-    return product.t().contiguous()
