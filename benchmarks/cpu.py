@@ -214,10 +214,10 @@ def dense(repeats: int = 25) -> dict[str, Any]:
     """Time of a VGG-16's dense layers for one image, in times that reading their weights takes: each once forwards, and all but the
     logit layer's (of which the target's row is enough) once backwards. What memory gives differs from minute to minute on a shared
     machine, so the layers' steps and three ways to read as much memory are timed in turns; the fastest of the three counts."""
-    import lrpfast
     from lrpfast.ops import native
+    from lrpfast.runtime.memory import keep_freed_memory
 
-    lrpfast.Explainer(torch.nn.ReLU(), torch.ones(1, 1))  # freed memory is kept, as in any process that explains
+    keep_freed_memory()  # as in any process that explains
     sizes = ((25088, 4096), (4096, 4096), (4096, 1000))
     layers = [(torch.rand(1, i), torch.randn(o, i), torch.randn(o), torch.randn(1, o)) for i, o in sizes]
     source = torch.ones((2 * sum(w.numel() for _, w, *_ in layers) - layers[-1][1].numel()) // 2 * 2)

@@ -48,10 +48,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("LRPFAST_HYPOTHESIS", "fixed"))
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than a few seconds")
-
-
 @pytest.fixture(autouse=True)
 def _fixed_random_state() -> None:
     torch.manual_seed(0)
