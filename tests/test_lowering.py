@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import lrpfast
+from lrpfast.graph import Constants
 from lrpfast.ops import native
+from lrpfast.ops.products import Winograd
 from lrpfast.runtime import convolutions
 
 
@@ -325,3 +327,40 @@ def test_which_dense_steps_read_a_weight_once() -> None:
     assert all(constants._tensors[name] is None for name in constants if constants.scaled(name))
     many = lrpfast.Explainer(Dense().eval(), torch.randn(30, 130), composite="alpha1_beta0")
     assert not any("on the way" in step.operation for step in many.profile(torch.randn(30, 130), repeats=1))
+
+
+@pytest.mark.parametrize("composite", ["epsilon_plus", "epsilon_gamma_box", "epsilon_alpha2_beta1"])
+@pytest.mark.parametrize("run", [three_by_three, residual], ids=lambda f: f.__name__)
+def test_large_weights_that_are_transformed_at_each_call_give_the_same(
+    run: Callable[[Wide, Tensor], Tensor], composite: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convolutions, "_LARGE_WEIGHT", 0)
+    monkeypatch.setattr(convolutions, "_ENOUGH_TILES", 0)
+    how = lrpfast.composites.epsilon_gamma_box(low=-4, high=4) if composite == "epsilon_gamma_box" else composite
+    model = Wide(run).eval()
+    x = torch.randn(3, 3, 11, 13, generator=torch.Generator().manual_seed(1))
+    explainer = lrpfast.Explainer(model, x, composite=how)
+    found = explainer(x, target=2)
+    (compiled,) = explainer._compiled.values()
+    steps = compiled.executor(compiled.default_seed, False, 3).steps
+    layers = [arg for step in steps for arg in step.args if isinstance(arg, Winograd)]
+    assert {layer.flipped for layer in layers} == {True, False}  # layers, and transposes
+    assert all(layer.weight.shape[2:] == (3, 3) for layer in layers)
+    exact = lrpfast.explain(copy.deepcopy(model).double(), x.double(), target=2, composite=how)
+    reference = lrpfast.Explainer(model, x, composite=how, backend="torch")(x, target=2)
+    error, of_torch = (torch.linalg.vector_norm(t.relevance.double() - exact.relevance) for t in (found, reference))
+    assert error <= 2 * of_torch + 2**-22 * torch.linalg.vector_norm(exact.relevance)
+
+
+def test_a_scaled_constant_is_no_more_than_itself_once_its_source_is_gone() -> None:
+    constants = Constants()
+    constants["weight"], constants["weight_plus"] = torch.ones(2), torch.ones(2)
+    constants.scale("weight_plus", "weight", (1.0, 0.0))
+    assert constants.scaled("weight_plus") == ("weight", (1.0, 0.0))
+    assert constants.scaled("weight") is None
+    del constants["weight"]
+    assert constants.scaled("weight_plus") is None
+    constants["weight"] = torch.zeros(2)
+    del constants["weight_plus"]
+    constants["weight_plus"] = torch.zeros(2)  # another tensor of that name
+    assert constants.scaled("weight_plus") is None
