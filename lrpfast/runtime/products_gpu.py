@@ -141,18 +141,14 @@ class Products:
         return self._prepared[key]
 
     def modification(self, weight: fx.Node, other: fx.Node) -> tuple[str, float] | None:
-        """How `other` is made of `weight`, as our kernels can on chip, with its parameter: read off the values."""
-        if weight.op != "get_attr" or other.op != "get_attr" or value(weight).shape != value(other).shape:
+        """How `other` is made of `weight`, as our kernels can on chip, with its parameter."""
+        scaled = self._constants.scaled(other.target) if weight.op == other.op == "get_attr" else None
+        if scaled is None or scaled[0] != weight.target:
             return None
-        given, found = self._constants[weight.target], self._constants[other.target]
-        positive = given.clamp(min=0)
-        if torch.equal(found, positive):
+        positive, rest = scaled[1]
+        if (positive, rest) == (1.0, 0.0):
             return "positive", 0.0
-        largest = positive.argmax()
-        gamma = round(float((found.flatten()[largest] / positive.flatten()[largest]).double()) - 1, 4)
-        tolerance = 4 * torch.finfo(given.dtype).eps
-        same = gamma > 0 and torch.allclose(found, given + gamma * positive, rtol=tolerance, atol=0)
-        return ("favoured", gamma) if same else None
+        return ("favoured", positive - 1) if rest == 1.0 else None
 
     # --- steps ---
 
