@@ -44,29 +44,26 @@ inline void finish(const Epilogue& e, Lanes sum, std::int64_t column, float* res
     sum = sum <= low ? low : sum;
     sum = sum > high ? high : sum;
   }
-  if (e.sign) {
-    sum = lanes(e.sign + at) >= Lanes{} ? lanes(result + at) : sum;
-  }
   put(result + at, sum);
 }
 
 // The same for `count` < kLanes columns, the last of a row: what lies behind them is neither read nor written.
 inline void finish_part(const Epilogue& e, Lanes sum, std::int64_t column, float* result, std::int64_t at,
                         std::int64_t count) {
-  alignas(64) float parts[6][kLanes] = {};
-  const float* sources[] = {e.bias ? e.bias + column : nullptr, e.sign ? e.sign + at : nullptr,
-                            e.carrier ? e.carrier + at : nullptr, e.message_a ? e.message_a + at : nullptr,
-                            e.message_b ? e.message_b + at : nullptr, result + at};
+  alignas(64) float parts[5][kLanes] = {};
+  const float* sources[] = {e.bias ? e.bias + column : nullptr, e.carrier ? e.carrier + at : nullptr,
+                            e.message_a ? e.message_a + at : nullptr, e.message_b ? e.message_b + at : nullptr,
+                            result + at};
   const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(float);
-  for (int i = 0; i < 6; ++i) {
+  for (int i = 0; i < 5; ++i) {
     if (sources[i]) {
       std::memcpy(parts[i], sources[i], bytes);
     }
   }
   const auto part = [&](int i) { return sources[i] ? parts[i] : nullptr; };
-  const Epilogue whole = {part(0), e.add, e.clamp, e.low, e.high, part(1), part(2), part(3), part(4), e.eps};
-  finish(whole, sum, 0, parts[5], 0);
-  std::memcpy(result + at, parts[5], bytes);
+  const Epilogue whole = {part(0), e.add, e.clamp, e.low, e.high, part(1), part(2), part(3), e.eps};
+  finish(whole, sum, 0, parts[4], 0);
+  std::memcpy(result + at, parts[4], bytes);
 }
 
 }  // namespace

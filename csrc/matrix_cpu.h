@@ -1,14 +1,19 @@
 // A product of matrices small enough to stay in the caches: what larger products are made of.
 //
 // The right factor lies in panels of kPanel columns ([columns / kPanel][depth][kPanel]), so that the inner loop reads it in
-// order; the left one is read where it lies, row by row. A block of results stays in registers while the depth is summed up, and
-// is handed over from there. Multiply-adds are fused where the instruction set has them: results agree between sets to rounding,
-// not bit by bit.
+// order; the left one is read where it lies, row by row. There may be two right factors, of which one is taken by a sign: that of
+// the left factor's value, or one that is given for each place of the result (RULES §2: contributions of one sign). It costs
+// little more than one product. Their panels are [depth][2][kPanel], the row for a positive sign first.
+//
+// A block of results stays in registers while the depth is summed up, and is handed over from there. Multiply-adds are fused where
+// the instruction set has them: results agree between sets to rounding, not bit by bit.
 #pragma once
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
+
+#include <type_traits>
 
 #include "cpu_vector.h"
 
@@ -21,13 +26,13 @@ constexpr std::int64_t kSkew = 16;
 
 #if defined(__AVX512F__)
 constexpr std::int64_t kLanes = 16;
-constexpr int kBlockRows = 14, kBlockLanes = 2;
+constexpr int kBlockRows = 14, kBlockLanes = 2, kChosenRows = 7;  // seven masks can be told apart
 #elif defined(__AVX2__)
 constexpr std::int64_t kLanes = 8;
-constexpr int kBlockRows = 6, kBlockLanes = 2;
+constexpr int kBlockRows = 6, kBlockLanes = 2, kChosenRows = 5;
 #else
 constexpr std::int64_t kLanes = 4;
-constexpr int kBlockRows = 4, kBlockLanes = 2;
+constexpr int kBlockRows = 4, kBlockLanes = 2, kChosenRows = 4;
 #endif
 
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
@@ -85,8 +90,14 @@ struct NoFetch {
   void operator()() {}
 };
 
+inline bool sign_bit(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits >> 31;
+}
+
 // sink(row, column, lanes) takes `kRows` rows by `kVectors` vectors of the product a b.
-template <int kRows, int kVectors, typename Sink, typename Fetcher>
+template <bool kBySign, int kRows, int kVectors, typename Sink, typename Fetcher>
 inline void multiply_block(const float* a, std::int64_t a_stride, const float* b, std::int64_t depth, Sink&& sink,
                            Fetcher&& fetch) {
   Lanes sum[kRows][kVectors];
@@ -97,7 +108,7 @@ inline void multiply_block(const float* a, std::int64_t a_stride, const float* b
       sum[i][j] = Lanes{};
     }
   }
-  for (std::int64_t k = 0; k < depth; ++k, b += kPanel) {
+  for (std::int64_t k = 0; k < depth; ++k, b += kBySign ? 2 * kPanel : kPanel) {
     if (k % kFetch == 0) {
       fetch();
     }
@@ -108,10 +119,12 @@ inline void multiply_block(const float* a, std::int64_t a_stride, const float* b
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const Lanes left = lanes(a[i * a_stride + k]);
+      const float value = a[i * a_stride + k];
+      const Lanes left = lanes(value);
+      const float* own = b + (sign_bit(value) ? kPanel : 0);
 #pragma GCC unroll 2
       for (int j = 0; j < kVectors; ++j) {
-        sum[i][j] = multiply_add(left, right[j], sum[i][j]);
+        sum[i][j] = multiply_add(left, kBySign ? lanes(own + j * kLanes) : right[j], sum[i][j]);
       }
     }
   }
@@ -124,41 +137,90 @@ inline void multiply_block(const float* a, std::int64_t a_stride, const float* b
   }
 }
 
-template <int kRows, int kVectors, typename Sink, typename Fetcher>
-void multiply_rest(std::int64_t rows, const float* a, std::int64_t a_stride, const float* b, std::int64_t depth,
-                   Sink&& sink, Fetcher&& fetch) {
-  if constexpr (kRows > 0) {
-    if (rows == kRows) {
-      multiply_block<kRows, kVectors>(a, a_stride, b, depth, sink, fetch);
-    } else {
-      multiply_rest<kRows - 1, kVectors>(rows, a, a_stride, b, depth, sink, fetch);
+// Where a value is not negative, as `choose` takes it.
+#if defined(__AVX512F__)
+typedef __mmask16 Choice;
+inline Choice not_negative(Lanes v) { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GE_OQ); }
+inline Lanes choose(Choice choice, Lanes yes, Lanes no) { return _mm512_mask_blend_ps(choice, no, yes); }
+#else
+typedef std::int32_t Choice __attribute__((vector_size(4 * kLanes)));
+inline Choice not_negative(Lanes v) { return v >= Lanes{}; }
+inline Lanes choose(Choice choice, Lanes yes, Lanes no) { return choice ? yes : no; }
+#endif
+
+// sink(row, lanes) takes `kRows` rows by one vector of the product of a and, for each place, one of two b.
+template <int kRows, typename Sink, typename Fetcher>
+inline void multiply_chosen_block(const float* a, std::int64_t a_stride, const float* b, std::int64_t depth,
+                                  const float* signs, std::int64_t sign_stride, Sink&& sink, Fetcher&& fetch) {
+  Lanes sum[kRows];
+  Choice choice[kRows];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    sum[i] = Lanes{};
+    choice[i] = not_negative(lanes(signs + i * sign_stride));
+  }
+  for (std::int64_t k = 0; k < depth; ++k, b += 2 * kPanel) {
+    if (k % kFetch == 0) {
+      fetch();
     }
+    const Lanes yes = lanes(b), no = lanes(b + kPanel);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      sum[i] = multiply_add(lanes(a[i * a_stride + k]), choose(choice[i], yes, no), sum[i]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    sink(i, sum[i]);
+  }
+}
+
+// block(number, row) for blocks of kRows rows, from `row` on, then for the rest in one smaller block.
+template <int kRows, typename Block>
+void in_blocks(std::int64_t row, std::int64_t rows, Block&& block) {
+  if constexpr (kRows > 0) {
+    for (; row + kRows <= rows; row += kRows) {
+      block(std::integral_constant<int, kRows>{}, row);
+    }
+    in_blocks<kRows - 1>(row, rows, block);
   }
 }
 
 // The columns of b that kVectors vectors hold.
-template <int kVectors, typename Sink, typename Fetcher>
+template <bool kBySign, int kVectors, typename Sink, typename Fetcher>
 void multiply_columns(std::int64_t rows, const float* a, std::int64_t a_stride, const float* b, std::int64_t depth,
                       Sink&& sink, Fetcher&& fetch) {
-  std::int64_t row = 0;
-  const auto shifted = [&](int i, std::int64_t j, Lanes sum) { sink(row + i, j, sum); };
-  for (; row + kBlockRows <= rows; row += kBlockRows) {
-    multiply_block<kBlockRows, kVectors>(a + row * a_stride, a_stride, b, depth, shifted, fetch);
-  }
-  multiply_rest<kBlockRows - 1, kVectors>(rows - row, a + row * a_stride, a_stride, b, depth, shifted, fetch);
+  in_blocks<kBlockRows>(0, rows, [&](auto number, std::int64_t row) {
+    const auto shifted = [&](int i, std::int64_t j, Lanes sum) { sink(row + i, j, sum); };
+    multiply_block<kBySign, number(), kVectors>(a + row * a_stride, a_stride, b, depth, shifted, fetch);
+  });
 }
 
 // a b for one panel of b: `rows` rows, kPanel columns, of which those from `columns` on are not wanted.
-template <typename Sink, typename Fetcher = NoFetch>
+template <bool kBySign = false, typename Sink, typename Fetcher = NoFetch>
 void multiply_panel(std::int64_t rows, const float* a, std::int64_t a_stride, const float* panel, std::int64_t depth,
                     std::int64_t columns, Sink&& sink, Fetcher&& fetch = {}) {
   for (std::int64_t column = 0; column < columns; column += kBlockLanes * kLanes) {
     const auto shifted = [&](std::int64_t i, std::int64_t j, Lanes sum) { sink(i, column + j, sum); };
     if (column + kLanes < columns) {
-      multiply_columns<kBlockLanes>(rows, a, a_stride, panel + column, depth, shifted, fetch);
+      multiply_columns<kBySign, kBlockLanes>(rows, a, a_stride, panel + column, depth, shifted, fetch);
     } else {
-      multiply_columns<1>(rows, a, a_stride, panel + column, depth, shifted, fetch);
+      multiply_columns<kBySign, 1>(rows, a, a_stride, panel + column, depth, shifted, fetch);
     }
+  }
+}
+
+// The same for the product of a and, for each place, one of two b; `signs` lie in rows of whole panels.
+template <typename Sink, typename Fetcher>
+void multiply_chosen_panel(std::int64_t rows, const float* a, std::int64_t a_stride, const float* panel,
+                           std::int64_t depth, std::int64_t columns, const float* signs, std::int64_t sign_stride,
+                           Sink&& sink, Fetcher&& fetch) {
+  for (std::int64_t column = 0; column < columns; column += kLanes) {
+    in_blocks<kChosenRows>(0, rows, [&](auto number, std::int64_t row) {
+      const auto shifted = [&](int i, Lanes sum) { sink(row + i, column, sum); };
+      multiply_chosen_block<number()>(a + row * a_stride, a_stride, panel + column, depth,
+                                      signs + row * sign_stride + column, sign_stride, shifted, fetch);
+    });
   }
 }
 

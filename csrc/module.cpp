@@ -287,14 +287,16 @@ void run_shares(const Arguments& arguments) {
       &arguments);
 }
 
-// bias, add, clamp, low, high, sign, carrier, message_a, message_b, eps
+// bias, add, clamp, low, high, carrier, message_a, message_b, eps
 using EpilogueTuple = std::tuple<std::uintptr_t, bool, bool, double, double, std::uintptr_t, std::uintptr_t,
-                                 std::uintptr_t, std::uintptr_t, double>;
+                                 std::uintptr_t, double>;
 
 Epilogue epilogue(const EpilogueTuple& given) {
-  const auto& [bias, add, clamp, low, high, sign, carrier, message_a, message_b, eps] = given;
-  return {floats(bias), add,  clamp, static_cast<float>(low), static_cast<float>(high), floats(sign), floats(carrier),
-          floats(message_a), floats(message_b), static_cast<float>(eps)};
+  const auto& [bias, add, clamp, low, high, carrier, message_a, message_b, eps] = given;
+  return {floats(bias),    add,
+          clamp,           static_cast<float>(low), static_cast<float>(high),
+          floats(carrier), floats(message_a),       floats(message_b),
+          static_cast<float>(eps)};
 }
 
 void winograd(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t result, std::uintptr_t workspace,
@@ -333,25 +335,26 @@ void winograd_weight(std::uintptr_t given, std::int64_t filter_stride, std::int6
       &arguments);
 }
 
-void pointwise(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t lower, std::uintptr_t result,
+void pointwise(std::uintptr_t input, std::uintptr_t weight, bool by_sign, std::uintptr_t sign, std::uintptr_t result,
                std::uintptr_t workspace, std::int64_t images, Pair size, Pair out_size, Pair stride,
-               std::int64_t channels, std::int64_t filters, std::int64_t block, bool by_sign, EpilogueTuple then,
-               int threads) {
-  run_shares<PointwiseArguments, &lrpfast::Kernels::pointwise>({floats(input),
-                                                                floats(weight),
-                                                                floats(lower),
-                                                                reinterpret_cast<float*>(result),
-                                                                reinterpret_cast<float*>(workspace),
-                                                                images,
-                                                                {size[0], size[1]},
-                                                                {out_size[0], out_size[1]},
-                                                                {stride[0], stride[1]},
-                                                                channels,
-                                                                filters,
-                                                                block,
-                                                                threads,
-                                                                by_sign,
-                                                                epilogue(then)});
+               std::int64_t channels, std::int64_t filters, std::int64_t block, EpilogueTuple then, int threads) {
+  using lrpfast::BySign;
+  run_shares<PointwiseArguments, &lrpfast::Kernels::pointwise>(
+      {floats(input),
+       floats(weight),
+       sign ? BySign::kGiven : by_sign ? BySign::kInput : BySign::kNone,
+       floats(sign),
+       reinterpret_cast<float*>(result),
+       reinterpret_cast<float*>(workspace),
+       images,
+       {size[0], size[1]},
+       {out_size[0], out_size[1]},
+       {stride[0], stride[1]},
+       channels,
+       filters,
+       block,
+       threads,
+       epilogue(then)});
 }
 
 void depthwise(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t result, std::int64_t images, Pair size,

@@ -116,7 +116,6 @@ struct Epilogue {
   bool add;           // to what the result holds
   bool clamp;         // to [low, high]; a NaN stays
   float low, high;
-  const float* sign;  // given: what the result holds stays where sign >= 0
   // Given message_a: result = carrier * (message_a + message_b) / S(sum), see RatioArguments; carrier and message_b may be null.
   const float *carrier, *message_a, *message_b;
   float eps;
@@ -144,18 +143,20 @@ struct WinogradWeightArguments {
   std::int64_t filters, channels;
 };
 
-// result = convolution of images with 1 x 1 filters (pointwise_cpu.h): channels-last, float32. With `by_sign` the weight is that
-// of the channels' positive parts, followed by that of their negative ones. With `lower`, a second weight, the result is
-// sign >= 0 ? the product with `weight` : the product with `lower`; the epilogue then has its sign and nothing else.
+// result = convolution of images with 1 x 1 filters (pointwise_cpu.h): channels-last, float32. There may be two weights, of which
+// one is taken by a sign: that of the input's value, or one that is given for each place of the result.
+enum class BySign { kNone, kInput, kGiven };
+
 struct PointwiseArguments {
-  const float* input;           // [images, size, channels]
-  const float *weight, *lower;  // [filters / 32, rounded up][channels, twice by sign][32]
-  float* result;                // [images, out_size, filters]
-  float* workspace;             // shares * block * (channels, twice by sign, + 16 + filters, rounded up to 32) floats
+  const float* input;   // [images, size, channels]
+  const float* weight;  // [filters / 32, rounded up][channels][32]; by sign [..][channels][2][32], first for signs not negative
+  BySign by_sign;
+  const float* sign;  // as the result, where one is given
+  float* result;      // [images, out_size, filters]
+  float* workspace;   // shares * block * (channels + 16 + filters, rounded up to 32, twice where a sign is given) floats
   std::int64_t images, size[2], out_size[2], stride[2], channels, filters;
   std::int64_t block;   // rows that are worked on at a time
   std::int64_t shares;  // parts that rows are dealt into, one a thread
-  bool by_sign;
   Epilogue epilogue;
 };
 

@@ -1,5 +1,5 @@
 // A 1 x 1 convolution is a product of matrices: rows are places of images. What follows it elementwise happens in its
-// epilogue; signed inputs (RULES §2, the positive part of a layer) are parted while rows are gathered.
+// epilogue. By sign, the positive part of a layer with signed input (RULES §2) is one product, and so is its transpose.
 #pragma once
 
 #include "epilogue_cpu.h"
@@ -20,43 +20,34 @@ inline const float* input_row(const PointwiseArguments& a, std::int64_t row) {
 }
 
 inline bool gathers(const PointwiseArguments& a) {
-  return a.by_sign || a.stride[0] != 1 || a.stride[1] != 1 || a.channels % 512 == 0;
+  return a.stride[0] != 1 || a.stride[1] != 1 || a.channels % 512 == 0;
 }
-
-inline std::int64_t pointwise_depth(const PointwiseArguments& a) { return a.by_sign ? 2 * a.channels : a.channels; }
 
 void gather_rows(const PointwiseArguments& a, std::int64_t first, std::int64_t count, float* to, std::int64_t stride) {
   for (std::int64_t r = 0; r < count; ++r, to += stride) {
-    const float* from = input_row(a, first + r);
-    if (!a.by_sign) {
-      std::memcpy(to, from, static_cast<std::size_t>(a.channels) * sizeof(float));
-      continue;
-    }
-    float* negative = to + a.channels;
-    LRPFAST_SIMD
-    for (std::int64_t c = 0; c < a.channels; ++c) {
-      const float x = from[c];
-      to[c] = x < 0.0f ? 0.0f : x;
-      negative[c] = x > 0.0f ? 0.0f : x;
-    }
+    std::memcpy(to, input_row(a, first + r), static_cast<std::size_t>(a.channels) * sizeof(float));
   }
 }
 
-// The product of some rows with one weight, all filters: to `products`, whose rows are as many whole panels.
-void multiply_rows(const PointwiseArguments& a, const float* weight, const float* rows, std::int64_t stride,
+// The product of some rows, all filters: to `products`, whose rows are as many whole panels, as those of `signs` are.
+template <BySign kSign>
+void multiply_rows(const PointwiseArguments& a, const float* rows, std::int64_t stride, const float* signs,
                    std::int64_t count, float* products, std::int64_t width, Fetch& fetch) {
-  const std::int64_t depth = pointwise_depth(a);
+  constexpr std::int64_t kWeights = kSign == BySign::kNone ? 1 : 2, kStep = kDepth / kWeights;
   for (std::int64_t panel = 0; panel < a.filters; panel += kPanel) {
-    float* to = products + panel;
-    for (std::int64_t k = 0; k < depth; k += kDepth) {
-      multiply_panel(
-          count, rows + k, stride, weight + panel * depth + k * kPanel, smaller(kDepth, depth - k),
-          smaller(kPanel, a.filters - panel),
-          [&](std::int64_t row, std::int64_t column, Lanes sum) {
-            float* product = to + row * width + column;
-            put(product, k == 0 ? sum : lanes(static_cast<const float*>(product)) + sum);
-          },
-          fetch);
+    const std::int64_t columns = smaller(kPanel, a.filters - panel);
+    for (std::int64_t k = 0; k < a.channels; k += kStep) {
+      const float* weight = a.weight + kWeights * (panel * a.channels + k * kPanel);
+      const std::int64_t depth = smaller(kStep, a.channels - k);
+      const auto sink = [&](std::int64_t row, std::int64_t column, Lanes sum) {
+        float* product = products + row * width + panel + column;
+        put(product, k == 0 ? sum : lanes(static_cast<const float*>(product)) + sum);
+      };
+      if constexpr (kSign == BySign::kGiven) {
+        multiply_chosen_panel(count, rows + k, stride, weight, depth, columns, signs + panel, width, sink, fetch);
+      } else {
+        multiply_panel<kSign == BySign::kInput>(count, rows + k, stride, weight, depth, columns, sink, fetch);
+      }
     }
   }
 }
@@ -64,54 +55,57 @@ void multiply_rows(const PointwiseArguments& a, const float* weight, const float
 // What is asked for while `count` rows are multiplied: what their epilogue reads and writes, and the rows behind them.
 Fetch pointwise_fetch(const PointwiseArguments& a, std::int64_t first, std::int64_t count, std::int64_t end) {
   const std::int64_t blocks = (count + kBlockRows - 1) / kBlockRows, panels = (a.filters + kPanel - 1) / kPanel;
-  const std::int64_t times = blocks * panels * ((pointwise_depth(a) + kFetch - 1) / kFetch);
+  const std::int64_t times = blocks * panels * ((a.channels + kFetch - 1) / kFetch);
   const std::int64_t at = first * a.filters, size = count * a.filters;
   const Epilogue& e = a.epilogue;
   Fetch fetch;
   const bool over = e.message_a == a.result || e.message_b == a.result;
-  const float* operands[] = {e.message_a, e.message_b, e.carrier, e.sign, over ? nullptr : a.result};
+  const float* operands[] = {e.message_a, e.message_b, e.carrier, over ? nullptr : a.result};
   for (const float* operand : operands) {
     fetch.add(operand ? operand + at : nullptr, size, times);
   }
+  const std::int64_t next = smaller(a.block, end - first - count);
+  fetch.add(a.sign ? a.sign + at + size : nullptr, next * a.filters, times);
   if (a.stride[0] == 1 && a.stride[1] == 1) {
-    fetch.add(a.input + (first + count) * a.channels, smaller(a.block, end - first - count) * a.channels, times);
+    fetch.add(a.input + (first + count) * a.channels, next * a.channels, times);
   }
   return fetch;
 }
 
 // Products become results in the order in which these lie in memory, all filters of a row, then the next row.
-void finish_rows(const PointwiseArguments& a, const Epilogue& epilogue, std::int64_t first, std::int64_t count,
-                 const float* products, std::int64_t width) {
+void finish_rows(const PointwiseArguments& a, std::int64_t first, std::int64_t count, const float* products,
+                 std::int64_t width) {
   for (std::int64_t row = 0; row < count; ++row) {
     const std::int64_t at = (first + row) * a.filters;
     std::int64_t f = 0;
     for (; f + kLanes <= a.filters; f += kLanes) {
-      finish(epilogue, lanes(products + row * width + f), f, a.result, at + f);
+      finish(a.epilogue, lanes(products + row * width + f), f, a.result, at + f);
     }
     if (f < a.filters) {
-      finish_part(epilogue, lanes(products + row * width + f), f, a.result, at + f, a.filters - f);
+      finish_part(a.epilogue, lanes(products + row * width + f), f, a.result, at + f, a.filters - f);
     }
   }
 }
 
+template <BySign kSign>
 void pointwise_rows(const PointwiseArguments& a, std::int64_t begin, std::int64_t end, float* workspace) {
   const bool gathered = gathers(a);
-  const std::int64_t depth = pointwise_depth(a), stride = gathered ? depth + kSkew : a.channels;
+  const std::int64_t stride = gathered ? a.channels + kSkew : a.channels;
   const std::int64_t width = (a.filters + kPanel - 1) / kPanel * kPanel;
-  float* products = workspace + a.block * (depth + kSkew);
+  float *products = workspace + a.block * (a.channels + kSkew), *signs = products + a.block * width;
   for (std::int64_t first = begin; first < end; first += a.block) {
     const std::int64_t count = smaller(a.block, end - first);
     if (gathered) {
       gather_rows(a, first, count, workspace, stride);
     }
-    const float* rows = gathered ? workspace : input_row(a, first);
-    Fetch fetch = pointwise_fetch(a, first, count, end);
-    multiply_rows(a, a.weight, rows, stride, count, products, width, fetch);
-    finish_rows(a, a.lower ? Epilogue{} : a.epilogue, first, count, products, width);
-    if (a.lower) {
-      multiply_rows(a, a.lower, rows, stride, count, products, width, fetch);
-      finish_rows(a, a.epilogue, first, count, products, width);
+    for (std::int64_t row = 0; a.sign && row < count; ++row) {
+      const float* from = a.sign + (first + row) * a.filters;
+      std::memcpy(signs + row * width, from, static_cast<std::size_t>(a.filters) * sizeof(float));
     }
+    Fetch fetch = pointwise_fetch(a, first, count, end);
+    const float* rows = gathered ? workspace : input_row(a, first);
+    multiply_rows<kSign>(a, rows, stride, signs, count, products, width, fetch);
+    finish_rows(a, first, count, products, width);
   }
 }
 
@@ -120,9 +114,12 @@ void pointwise(const PointwiseArguments& a, std::int64_t begin, std::int64_t end
   const std::int64_t rows = a.images * a.out_size[0] * a.out_size[1];
   const std::int64_t share = ((rows + a.shares - 1) / a.shares + kBlockRows - 1) / kBlockRows * kBlockRows;
   const std::int64_t width = (a.filters + kPanel - 1) / kPanel * kPanel;
-  const std::int64_t workspace = a.block * (pointwise_depth(a) + kSkew + width);
+  const std::int64_t workspace = a.block * (a.channels + kSkew + (a.sign ? 2 : 1) * width);
+  const auto rows_of = a.by_sign == BySign::kNone    ? pointwise_rows<BySign::kNone>
+                       : a.by_sign == BySign::kInput ? pointwise_rows<BySign::kInput>
+                                                     : pointwise_rows<BySign::kGiven>;
   for (std::int64_t i = begin; i < end; ++i) {
-    pointwise_rows(a, smaller(rows, i * share), smaller(rows, (i + 1) * share), a.workspace + i * workspace);
+    rows_of(a, smaller(rows, i * share), smaller(rows, (i + 1) * share), a.workspace + i * workspace);
   }
 }
 

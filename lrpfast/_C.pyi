@@ -5,8 +5,8 @@ from typing import TypedDict
 
 _Pair = Sequence[int]
 _Epilogue = tuple[
-    int, bool, bool, float, float, int, int, int, int, float
-]  # bias, add, clamp, low, high, sign, carrier, message_a, message_b, eps
+    int, bool, bool, float, float, int, int, int, float
+]  # bias, add, clamp, low, high, carrier, message_a, message_b, eps
 
 class BuildInfo(TypedDict):
     compiler: str
@@ -194,7 +194,8 @@ def depthwise(
 def pointwise(
     input: int,
     weight: int,
-    lower: int,
+    by_sign: bool,
+    sign: int,
     result: int,
     workspace: int,
     images: int,
@@ -204,7 +205,6 @@ def pointwise(
     channels: int,
     filters: int,
     block: int,
-    by_sign: bool,
     then: _Epilogue,
     threads: int,
     /,

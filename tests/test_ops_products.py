@@ -161,7 +161,7 @@ def test_pointwise(sizes: tuple, bias: bool, relu: bool, by_sign: bool) -> None:
             total = total + F.conv2d(wide.clamp(max=0), other.to(dtype), None, stride)
         return total.relu() if relu else total
 
-    laid_out = Pointwise.of_parts(weight, other, stride) if by_sign else Pointwise.of(weight, stride)
+    laid_out = Pointwise.of_two(weight, other, stride) if by_sign else Pointwise.of(weight, stride)
     squares = squared(x, weight.abs().maximum(other.abs()), stride)
     assert_as_exact(
         products.convolution(laid_out, x, shift, RELU if relu else None),
@@ -303,7 +303,7 @@ def test_either_of_two(filters: int, channels: int, batch: int) -> None:
     x, sign = images(batch, channels, 5, 3), images(batch, filters, 5, 3, seed=3)
     if batch:
         sign[0, :, 0] = torch.tensor([0.0, -0.0, float("nan")])  # both zeros count as positive, a NaN does not
-    found = products.either_convolution(Pointwise.of_either(upper, lower), x, sign)
+    found = products.either_convolution(Pointwise.of_two(upper, lower, (1, 1)), x, sign)
     choice = sign >= 0
     exact = torch.where(choice, F.conv2d(x.double(), upper.double()), F.conv2d(x.double(), lower.double()))
     direct = torch.where(choice, F.conv2d(x, upper), F.conv2d(x, lower))

@@ -7,7 +7,7 @@ Three kinds of layers, each with its weight laid out once:
   tiles, which would save more, lose digits. A value of the result depends on its own window alone, in rounding errors too: a
   window of zeros gives zero exactly. Infinities may come out as NaN.
 - `Pointwise`: 1 x 1 filters, a product of matrices (csrc/pointwise_cpu.h). It also takes the positive part of a layer with signed
-  input (RULES §2: ``W⁺x⁺ + W⁻x⁻``) in one call.
+  input (RULES §2: ``W⁺x⁺ + W⁻x⁻``), and its transpose, in one product.
 - `Depthwise`: one filter a channel, of any window, or the transpose of such a layer (csrc/depthwise_cpu.h). It is bound by memory.
 
 Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015.
@@ -31,17 +31,17 @@ _TILES, _CHUNK = 56, 128  # tiles, and filters, that are worked on at a time: pr
 Clamp = tuple[float, float]  # the smallest and the largest value
 RELU: Clamp = (0.0, math.inf)
 
-_Then = tuple[int, bool, bool, float, float, int, int, int, int, float]  # Epilogue of csrc/ops.h, pointers as numbers
+_Then = tuple[int, bool, bool, float, float, int, int, int, float]  # Epilogue of csrc/ops.h, pointers as numbers
 
 
 def _then(
-    bias: Tensor | None = None, *, add: bool = False, clamp: Clamp | None = None, sign: Tensor | None = None,
-    carrier: Tensor | None = None, message_a: Tensor | None = None, message_b: Tensor | None = None, eps: float = 0.0,
+    bias: Tensor | None = None, *, add: bool = False, clamp: Clamp | None = None, carrier: Tensor | None = None,
+    message_a: Tensor | None = None, message_b: Tensor | None = None, eps: float = 0.0,
 ) -> _Then:  # fmt: skip
     """What becomes of sums; operands lie as the result does, and live as long as the call."""
     low, high = clamp or (0.0, 0.0)
     a, b = _pointer(message_a), _pointer(message_b)
-    return _pointer(bias), add, clamp is not None, low, high, _pointer(sign), _pointer(carrier), a, b, eps
+    return _pointer(bias), add, clamp is not None, low, high, _pointer(carrier), a, b, eps
 
 
 def is_fast() -> bool:
@@ -147,20 +147,20 @@ class Pointwise:
     Attributes
     ----------
     weight
-        ``[K / 32 rounded up, C, 32]``, padded with zeros; of a layer by sign the filters of x⁺, then those of x⁻, in place of C.
+        ``[K / 32 rounded up, C, 32]``, padded with zeros; of a layer by sign ``[K / 32 rounded up, C, 2, 32]``, the first of the
+        two for values that are not negative.
     filters
         K.
     stride
         Of height and width.
-    lower
-        The weight of another such layer: the result is its own where a given sign is negative.
+    by_sign
+        Whether there are two weights.
     """
 
     weight: Tensor
     filters: int
     stride: tuple[int, ...]
     by_sign: bool = False
-    lower: Tensor | None = None
 
     @staticmethod
     def fits(weight_shape: Sequence[int], padding: Sequence[int], groups: int) -> bool:
@@ -173,30 +173,25 @@ class Pointwise:
         return cls(_panels(weight), weight.shape[0], tuple(stride))
 
     @classmethod
-    def of_parts(cls, positive: Tensor, negative: Tensor, stride: Sequence[int]) -> Pointwise:
-        """``positive * x⁺ + negative * x⁻``."""
-        both = torch.cat([positive, negative], 1)
-        return cls(_panels(both), both.shape[0], tuple(stride), by_sign=True)
-
-    @classmethod
-    def of_either(cls, upper: Tensor, lower: Tensor) -> Pointwise:
-        """``upper * x`` where a sign is not negative, else ``lower * x``."""
-        return cls(_panels(upper), upper.shape[0], (1, 1), lower=_panels(lower))
+    def of_two(cls, upper: Tensor, lower: Tensor, stride: Sequence[int]) -> Pointwise:
+        """Two layers in one: ``upper * x⁺ + lower * x⁻``, or by a given sign `upper` where it is not negative, else `lower`."""
+        both = torch.stack([_panels(upper), _panels(lower)], 2)
+        return cls(both, upper.shape[0], tuple(stride), by_sign=True)
 
     def empty(self, x: Tensor) -> Tensor:
         """Memory for the result."""
         return _images(x.shape[0], self.filters, [-(-n // t) for n, t in zip(x.shape[2:], self.stride, strict=True)])
 
-    def run(self, x: Tensor, out: Tensor, then: _Then) -> Tensor:
+    def run(self, x: Tensor, out: Tensor, then: _Then, sign: Tensor | None = None) -> Tensor:
         assert native.extension is not None
-        panels, depth, _ = self.weight.shape
+        panels, depth = self.weight.shape[:2]
+        width = panels * _PANEL
         threads = torch.get_num_threads()
         rows = 14 if depth <= 64 else 28  # at a time: their products stay in the first-level cache, or near it
-        workspace = torch.empty(threads * rows * (depth + _SKEW + panels * _PANEL))
+        workspace = torch.empty(threads * rows * (depth + _SKEW + (width if sign is None else 2 * width)))
         native.extension.pointwise(
-            x.data_ptr(), self.weight.data_ptr(), 0 if self.lower is None else self.lower.data_ptr(), out.data_ptr(),
-            workspace.data_ptr(), x.shape[0], x.shape[2:], out.shape[2:], self.stride, x.shape[1], self.filters, rows,
-            self.by_sign, then, threads,
+            x.data_ptr(), self.weight.data_ptr(), self.by_sign, _pointer(sign), out.data_ptr(), workspace.data_ptr(),
+            x.shape[0], x.shape[2:], out.shape[2:], self.stride, x.shape[1], self.filters, rows, then, threads,
         )  # fmt: skip
         return out
 
@@ -293,9 +288,8 @@ def convolution_ratio(
 
 
 def either_convolution(layer: Pointwise, x: Tensor, sign: Tensor) -> Tensor:
-    """The layer's upper or lower result, see `Pointwise.of_either`; `sign` is of the result's shape."""
-    laid_out = _laid_out(sign)
-    return layer.run(_laid_out(x), layer.empty(x), _then(sign=laid_out))
+    """The result of one of a layer's two weights, see `Pointwise.of_two`; `sign` is of the result's shape."""
+    return layer.run(_laid_out(x), layer.empty(x), _then(), _laid_out(sign))
 
 
 def _operand(tensor: Tensor | None, shape: torch.Size) -> Tensor | None:

@@ -145,7 +145,7 @@ class Convolutions:
         layer = self._prepare(
             upper,
             f"either {lower.target}",
-            lambda t: Pointwise.of_either(flipped_weight(t, 1), flipped_weight(self._constants[lower.target], 1)),
+            lambda t: Pointwise.of_two(flipped_weight(t, 1), flipped_weight(self._constants[lower.target], 1), (1, 1)),
         )
         args = (layer, group.upper.args[0], group.x)
         note = f"of two transposes, {_OWN[Pointwise]}"
@@ -257,7 +257,7 @@ class Convolutions:
             self._prepare,
             part.first.args[1],
             f"parts {negative} {stride}",
-            lambda t: Pointwise.of_parts(t, self._constants[negative], stride),
+            lambda t: Pointwise.of_two(t, self._constants[negative], stride),
         )
 
     def _with_own(

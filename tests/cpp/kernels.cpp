@@ -305,7 +305,7 @@ void test_winograd(std::int64_t height, std::int64_t width, std::int64_t padding
   }
   auto result = poison(images * out[0] * out[1] * filters), workspace = poison(threads * 16 * block * (channels + chunk + 32));
   const auto message = draw(static_cast<std::int64_t>(result.size()));
-  const Epilogue epilogue = {nullptr, false, false, 0, 0, nullptr, nullptr, message.data(), nullptr, 0.5f};
+  const Epilogue epilogue = {nullptr, false, false, 0, 0, nullptr, message.data(), nullptr, 0.5f};
   const WinogradArguments arguments = {x.data(), laid_out.data(), result.data(), workspace.data(), images,
                                        {size[0], size[1]}, {out[0], out[1]}, {padding, padding}, channels, filters,
                                        block, chunk, threads, epilogue};
@@ -318,27 +318,31 @@ void test_winograd(std::int64_t height, std::int64_t width, std::int64_t padding
   }
 }
 
-void test_pointwise(std::int64_t channels, std::int64_t filters, std::int64_t stride, bool by_sign, int threads) {
-  const std::int64_t images = 2, block = 6, panels = (filters + 31) / 32, depth = by_sign ? 2 * channels : channels;
+void test_pointwise(std::int64_t channels, std::int64_t filters, std::int64_t stride, BySign by_sign, int threads) {
+  const bool by_input = by_sign == BySign::kInput, by_given = by_sign == BySign::kGiven;
+  const std::int64_t images = 2, block = 9, width = (filters + 31) / 32 * 32, signs = by_input || by_given ? 2 : 1;
   const std::int64_t size[2] = {5, 7}, out[2] = {(4 + stride) / stride, (6 + stride) / stride};
+  const std::int64_t depth = signs * channels, results = images * out[0] * out[1] * filters;
   const auto x = draw(images * size[0] * size[1] * channels), weight = draw(filters * depth), bias = draw(filters);
-  std::vector<float> laid_out(static_cast<std::size_t>(panels * 32 * depth), 0.0f);
+  const auto given = draw(results);
+  std::vector<float> laid_out(static_cast<std::size_t>(width * depth), 0.0f);
   for (std::int64_t i = 0; i < filters * depth; ++i) {
-    laid_out[(i / depth / 32 * depth + i % depth) * 32 + i / depth % 32] = weight[i];
+    const std::int64_t filter = i / depth, sign = i % depth / channels, channel = i % channels;
+    laid_out[((filter / 32 * channels + channel) * signs + sign) * 32 + filter % 32] = weight[i];
   }
-  auto result = poison(images * out[0] * out[1] * filters), workspace = poison(threads * block * (depth + 16 + panels * 32));
-  const Epilogue epilogue = {bias.data(), false, true, 0, 1, nullptr, nullptr, nullptr, nullptr, 0.0f};
-  const PointwiseArguments arguments = {x.data(), laid_out.data(), nullptr, result.data(), workspace.data(), images,
-                                        {size[0], size[1]}, {out[0], out[1]}, {stride, stride}, channels, filters,
-                                        block, threads, by_sign, epilogue};
+  auto result = poison(results), workspace = poison(threads * block * (channels + 16 + (by_given ? 2 : 1) * width));
+  const Epilogue epilogue = {bias.data(), false, true, 0, 1, nullptr, nullptr, nullptr, 0.0f};
+  const PointwiseArguments arguments = {x.data(), laid_out.data(), by_sign, by_given ? given.data() : nullptr,
+                                        result.data(), workspace.data(), images, {size[0], size[1]},
+                                        {out[0], out[1]}, {stride, stride}, channels, filters, block, threads, epilogue};
   run<PointwiseArguments, &Kernels::pointwise>(arguments, threads, 1, threads);
   for (std::size_t i = 0; i < result.size(); ++i) {
     const std::int64_t filter = i % filters, z = i / filters % out[1], y = i / filters / out[1] % out[0];
     const float* row = &x[((i / filters / out[1] / out[0] * size[0] + y * stride) * size[1] + z * stride) * channels];
     double sum = bias[filter];
     for (std::int64_t c = 0; c < channels; ++c) {
-      const std::int64_t k = by_sign && row[c] < 0 ? channels + c : c;
-      sum += double(row[c]) * weight[filter * depth + k];
+      const bool second = (by_input && row[c] < 0) || (by_given && given[i] < 0);
+      sum += double(row[c]) * weight[filter * depth + (second ? channels + c : c)];
     }
     check(std::fabs(result[i] - std::fmin(std::fmax(sum, 0), 1)) < 1e-3, "pointwise", i);
   }
@@ -369,7 +373,7 @@ void test_depthwise(std::int64_t channels, std::int64_t kernel, std::int64_t str
   const auto compare = [&](const std::vector<float>& from, const std::int64_t from_size[2], const std::int64_t to_size[2],
                            const std::vector<double>& expected, bool transposed) {
     auto result = poison(static_cast<std::int64_t>(expected.size()));
-    const Epilogue epilogue = {bias.data(), false, true, -0.5f, 0.75f, nullptr, nullptr, nullptr, nullptr, 0.0f};
+    const Epilogue epilogue = {bias.data(), false, true, -0.5f, 0.75f, nullptr, nullptr, nullptr, 0.0f};
     const DepthwiseArguments arguments = {from.data(), weight.data(), result.data(), images,
                                           {from_size[0], from_size[1]}, {to_size[0], to_size[1]}, {kernel, kernel},
                                           {stride, stride}, {padding, padding}, {dilation, dilation}, channels,
@@ -402,7 +406,7 @@ int main() {
         test_winograd(5, 8, padding, threads);
         test_winograd(4, 4, padding, threads);
       }
-      for (bool by_sign : {false, true}) {
+      for (BySign by_sign : {BySign::kNone, BySign::kInput, BySign::kGiven}) {
         test_pointwise(3, 5, 1, by_sign, threads);
         test_pointwise(17, 40, 2, by_sign, threads);
         test_pointwise(300, 72, 1, by_sign, threads);
