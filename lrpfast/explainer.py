@@ -417,8 +417,8 @@ def _check_batch(node: fx.Node) -> None:
     batch = node.meta["val"].shape[0]
     if isinstance(batch, int) or not batch.node.expr.free_symbols:
         raise CaptureError(
-            f"the program is bound to a batch of {batch}: an exported program must have dynamic_shapes for dim 0, and a model must "
-            "not compare the batch with a constant"
+            "the program is bound to one size of batch. A model must neither compare that size with a constant nor calculate with "
+            "it, as a mean over dimension 0 does; an exported program must have dynamic_shapes for dimension 0"
         )
 
 

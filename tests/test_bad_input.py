@@ -222,6 +222,11 @@ def test_batch_statistics():
         lrpfast.Explainer(model, torch.randn(2, 6))
 
 
+def test_a_mean_over_the_batch():
+    with pytest.raises(errors.CaptureError, match="mean over dimension 0"):
+        lrpfast.Explainer(Step(lambda x: x - x.mean(0, keepdim=True)), torch.randn(4, 6))
+
+
 def test_not_a_model():
     with pytest.raises(errors.InputError, match="function"):
         lrpfast.Explainer(lambda x: x, X)
