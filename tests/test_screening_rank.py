@@ -200,6 +200,15 @@ class TestGroups:
         impure = np.arange(200) < 60
         assert any((found == (np.arange(200) < 12)).all() for found in purify(Discriminant(points), impure[None]))
 
+    def test_purifying_leaves_the_tail_of_a_class_out(self):
+        rng = np.random.default_rng(0)
+        points = rng.normal(0, 0.1, (200, 6))
+        points[:, 0] = rng.exponential(1, 200)  # some lie six and more standard deviations above the median
+        points[:10, 0] += 30
+        assert (points[10:, 0] > 5).any()
+        found = purify(Discriminant(points), points[None, :, 0] > 4)
+        assert [np.flatnonzero(members).tolist() for members in found] == [[*range(10)]]
+
     def test_purifying_leaves_no_group_where_nothing_is_apart(self):
         points = np.random.default_rng(0).random((300, 10))  # bounded: no one is four deviations out
         assert len(purify(Discriminant(points), np.random.default_rng(1).random((5, 300)) < 0.3)) == 0

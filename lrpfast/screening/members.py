@@ -20,6 +20,7 @@ _SHARPENING, _PURIFYING = 5, 10  # rounds; two or three are enough as a rule
 _BLOCKS = 8
 _FARTHEST = 100.0
 _CUTS = (4.0, 3.0)  # standard deviations: the first finds small groups in large clusters, the second spread-out ones
+_SHARE = 0.35  # of the members' median score: less is no member, however many standard deviations it is
 
 
 def outstanding(amounts: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -82,7 +83,9 @@ def purify(discriminant: Discriminant, members: np.ndarray) -> np.ndarray:
     members; repeated until nothing changes, at each of `_CUTS`.
 
     The cut is a number of standard deviations above the median of those who are no members, not halfway between the two medians: a
-    group that is mostly wrong, a tag's cluster with all that resembles it, is emptied of what does not stand out.
+    group that is mostly wrong, a tag's cluster with all that resembles it, is emptied of what does not stand out. Where members
+    stand out by far more, the cut rises with them: relevance has long tails, and what lies in a tail would dilute a small group until
+    the discriminant is another one.
 
     Parameters
     ----------
@@ -100,7 +103,8 @@ def purify(discriminant: Discriminant, members: np.ndarray) -> np.ndarray:
     for cut in _CUTS:
         moving = _proper(members)
         for _ in range(_PURIFYING):
-            after = standard_scores(discriminant.scores(moving), moving) > cut
+            scores = standard_scores(discriminant.scores(moving), moving)
+            after = scores > np.maximum(cut, _SHARE * median_of(scores, moving))
             same = (after == moving).all(axis=1)
             found.append(moving[same])
             moving = _proper(after[~same])
