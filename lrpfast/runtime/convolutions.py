@@ -149,7 +149,8 @@ class Convolutions:
         )
         args = (layer, group.upper.args[0], group.x)
         note = f"of two transposes, {_OWN[Pointwise]}"
-        return [Step(group.last, products.either_convolution, args, note=note, computes=(group.upper, group.lower))]
+        # Of each place one of the two is computed: the work of one.
+        return [Step(group.last, products.either_convolution, args, note=note, computes=(group.upper,))]
 
     def dgrad(self, node: fx.Node) -> list[Step]:
         """The transpose of a convolution, in the way that is fastest here."""
