@@ -26,7 +26,7 @@ constexpr std::int64_t kSkew = 16;
 
 #if defined(__AVX512F__)
 constexpr std::int64_t kLanes = 16;
-constexpr int kBlockRows = 14, kBlockLanes = 2, kChosenRows = 7;  // seven masks can be told apart
+constexpr int kBlockRows = 14, kBlockLanes = 2, kChosenRows = 7;  // as many masks as registers hold
 #elif defined(__AVX2__)
 constexpr std::int64_t kLanes = 8;
 constexpr int kBlockRows = 6, kBlockLanes = 2, kChosenRows = 5;

@@ -279,6 +279,13 @@ def test_a_step_counts_the_multiplications_of_the_layer_within() -> None:
     assert sum(s.flops == inner for s in explainer.profile(x, repeats=1)) == 3
 
 
+def test_a_choice_of_two_transposes_counts_the_multiplications_of_one() -> None:
+    x = torch.randn(2, 3, 10, 10)
+    explainer = lrpfast.Explainer(Wide(signed_input).eval(), x, composite="epsilon_plus", autotune=False)
+    (chosen,) = (s for s in explainer.profile(x, repeats=1) if "of two transposes" in s.operation)
+    assert chosen.flops == 2 * 2 * 32 * 24 * 10**2  # of `p`
+
+
 class Dense(nn.Module):
     """Three dense layers, the first and last of input that is not negative, the second of signed input."""
 
@@ -317,9 +324,8 @@ def test_dense_layers_of_few_samples_give_the_same(rule: lrpfast.rules.Rule, bat
 def test_which_dense_steps_read_a_weight_once() -> None:
     explainer = lrpfast.Explainer(Dense().eval(), torch.randn(1, 130), composite="alpha1_beta0")
     operations = [step.operation for step in explainer.profile(torch.randn(1, 130), repeats=1)]
-    assert operations.count("linear (with its modified weight's)") == 1, (
-        operations
-    )  # a; b has signed input, c a target row
+    # Of `a`: `b` has signed input, and of `c` the target's row is enough.
+    assert operations.count("linear (with its modified weight's)") == 1, operations
     assert operations.count("linear (weight modified on the way)") == 2, operations
     assert operations.count("matmul (weight modified on the way)") == 3, operations
     (compiled,) = explainer._compiled.values()

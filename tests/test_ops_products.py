@@ -127,6 +127,7 @@ def test_nan_reaches_the_windows_that_hold_it_and_no_others() -> None:
     for layer, reach in (
         (Winograd.of(draw(32, 16, 3, 3, seed=1), [1, 1]), 1),
         (Pointwise.of(draw(5, 16, 1, 1), [1, 1]), 0),
+        (Pointwise.of_two(draw(5, 16, 1, 1), draw(5, 16, 1, 1, seed=1), [1, 1]), 0),
         (Depthwise.of(draw(16, 1, 3, 3), [1, 1], [1, 1], [1, 1]), 1),
     ):
         expected = torch.zeros(2, 9, 9, dtype=torch.bool)

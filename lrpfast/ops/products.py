@@ -289,6 +289,7 @@ def convolution_ratio(
 
 def either_convolution(layer: Pointwise, x: Tensor, sign: Tensor) -> Tensor:
     """The result of one of a layer's two weights, see `Pointwise.of_two`; `sign` is of the result's shape."""
+    assert layer.by_sign
     return layer.run(_laid_out(x), layer.empty(x), _then(), _laid_out(sign))
 
 
