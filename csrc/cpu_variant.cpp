@@ -2,9 +2,11 @@
 // LRPFAST_VARIANT naming the table.
 
 #include "channel_sum_cpu.h"
+#include "convolution_cpu.h"
 #include "dense_cpu.h"
 #include "depthwise_cpu.h"
 #include "elementwise_cpu.h"
+#include "filters_cpu.h"
 #include "pair_cpu.h"
 #include "pointwise_cpu.h"
 #include "pool_cpu.h"
@@ -13,8 +15,8 @@
 
 namespace lrpfast {
 
-const Kernels LRPFAST_VARIANT = {ratio,        pair,     select_by_sign, add_relu, dense,           dense_dgrad,
-                                 channel_sum,  max_pool, pool_dgrad,     winograd, winograd_weight, pointwise,
-                                 depthwise};
+const Kernels LRPFAST_VARIANT = {ratio,       pair,     select_by_sign, add_relu, dense,            dense_dgrad,
+                                 channel_sum, max_pool, pool_dgrad,     winograd, winograd_filters, pointwise,
+                                 convolution, depthwise};
 
 }  // namespace lrpfast

@@ -22,11 +22,13 @@ namespace {
 
 using lrpfast::AddReluArguments;
 using lrpfast::ChannelSumArguments;
+using lrpfast::ConvolutionArguments;
 using lrpfast::DenseArguments;
 using lrpfast::DenseDgradArguments;
 using lrpfast::DepthwiseArguments;
 using lrpfast::DType;
 using lrpfast::Epilogue;
+using lrpfast::FilterArguments;
 using lrpfast::MaxPoolArguments;
 using lrpfast::Operand;
 using lrpfast::PairArguments;
@@ -35,7 +37,6 @@ using lrpfast::PoolDgradArguments;
 using lrpfast::RatioArguments;
 using lrpfast::SelectArguments;
 using lrpfast::WinogradArguments;
-using lrpfast::WinogradWeightArguments;
 using lrpfast::Window;
 
 // Below this many elements read a thread, waking another costs more than it saves.
@@ -318,21 +319,56 @@ void winograd(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t result
                                                               epilogue(then)});
 }
 
-void winograd_weight(std::uintptr_t given, std::int64_t filter_stride, std::int64_t channel_stride, Pair tap_strides,
-                     std::uintptr_t result, std::int64_t filters, std::int64_t channels, int threads) {
-  const WinogradWeightArguments arguments = {floats(given),
-                                             filter_stride,
-                                             channel_stride,
-                                             {tap_strides[0], tap_strides[1]},
-                                             reinterpret_cast<float*>(result),
-                                             filters,
-                                             channels};
+// given, filter_stride, channel_stride, tap_strides, filters, channels, factors, factor_of_channel, scales
+using FilterTuple = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, Pair, std::int64_t, std::int64_t,
+                               std::uintptr_t, bool, Scales>;
+
+FilterArguments filters_of(const FilterTuple& tuple, std::uintptr_t result) {
+  const auto& [given, filter_stride, channel_stride, tap_strides, filters, channels, factors, of_channel, scales] = tuple;
+  return {floats(given),
+          filter_stride,
+          channel_stride,
+          {tap_strides[0], tap_strides[1]},
+          filters,
+          channels,
+          reinterpret_cast<const double*>(factors),
+          of_channel,
+          scales != Scales{1.0, 1.0},
+          {static_cast<float>(scales[0]), static_cast<float>(scales[1])},
+          reinterpret_cast<float*>(result)};
+}
+
+void winograd_filters(FilterTuple given, std::uintptr_t result, int threads) {
+  const FilterArguments arguments = filters_of(given, result);
   lrpfast::parallel_for(
-      filters / 32, row_grain(32 * channels), 1, threads,
+      arguments.filters / 32, row_grain(32 * arguments.channels), 1, threads,
       [](const void* context, std::int64_t begin, std::int64_t end) {
-        lrpfast::kernels().winograd_weight(*static_cast<const WinogradWeightArguments*>(context), begin, end);
+        lrpfast::kernels().winograd_filters(*static_cast<const FilterArguments*>(context), begin, end);
       },
       &arguments);
+}
+
+void convolution(std::uintptr_t input, FilterTuple weight, std::uintptr_t result, std::uintptr_t workspace,
+                 std::int64_t images, Pair size, Pair out_size, Pair kernel, Pair stride, Pair padding, Pair dilation,
+                 bool transposed, std::int64_t block, EpilogueTuple then, int threads) {
+  const FilterArguments filters = filters_of(weight, 0);
+  run_shares<ConvolutionArguments, &lrpfast::Kernels::convolution>({floats(input),
+                                                                    filters,
+                                                                    reinterpret_cast<float*>(result),
+                                                                    reinterpret_cast<float*>(workspace),
+                                                                    images,
+                                                                    {size[0], size[1]},
+                                                                    {out_size[0], out_size[1]},
+                                                                    {kernel[0], kernel[1]},
+                                                                    {stride[0], stride[1]},
+                                                                    {padding[0], padding[1]},
+                                                                    {dilation[0], dilation[1]},
+                                                                    filters.channels,
+                                                                    filters.filters,
+                                                                    transposed,
+                                                                    block,
+                                                                    threads,
+                                                                    epilogue(then)});
 }
 
 void pointwise(std::uintptr_t input, std::uintptr_t weight, bool by_sign, std::uintptr_t sign, std::uintptr_t result,
@@ -410,7 +446,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("depthwise", &depthwise, py::call_guard<py::gil_scoped_release>());
   m.def("pointwise", &pointwise, py::call_guard<py::gil_scoped_release>());
   m.def("winograd", &winograd, py::call_guard<py::gil_scoped_release>());
-  m.def("winograd_weight", &winograd_weight, py::call_guard<py::gil_scoped_release>());
+  m.def("winograd_filters", &winograd_filters, py::call_guard<py::gil_scoped_release>());
+  m.def("convolution", &convolution, py::call_guard<py::gil_scoped_release>());
 #if LRPFAST_CUDA_BUILT
   m.def("cuda_ratio", &cuda_ratio, py::call_guard<py::gil_scoped_release>());
   m.def("cuda_dense_pair", &cuda_dense_pair, py::call_guard<py::gil_scoped_release>());

@@ -135,12 +135,17 @@ struct WinogradArguments {
   Epilogue epilogue;
 };
 
-// result = G g G' of 3 x 3 filters, as `winograd` takes them.
-struct WinogradWeightArguments {
+// Filters as they are given. A value counts as its product with its filter's factor, and as scales[0] times that where it is positive,
+// scales[1] times elsewhere.
+struct FilterArguments {
   const float* given;  // element [filter, channel, y, x] at the sum of index * stride
   std::int64_t filter_stride, channel_stride, tap_strides[2];
-  float* result;  // [16][filters / 32][channels][32]
   std::int64_t filters, channels;
+  const double* factors;   // as many as whole panels of 32 have; null: none
+  bool factor_of_channel;  // one a channel: the layer is a transpose
+  bool scaled;
+  float scales[2];
+  float* result;  // G g G' of 3 x 3 filters as `winograd` takes them, [16][filters / 32][channels][32]
 };
 
 // result = convolution of images with 1 x 1 filters (pointwise_cpu.h): channels-last, float32. There may be two weights, of which
@@ -171,6 +176,19 @@ struct DepthwiseArguments {
   Epilogue epilogue;
 };
 
+// result = convolution of images, or its transpose, straight from its weight (convolution_cpu.h): channels-last, float32.
+struct ConvolutionArguments {
+  const float* input;      // [images, size, channels]
+  FilterArguments weight;  // at most 64 taps; its result is not used
+  float* result;           // [images, out_size, filters]
+  float* workspace;        // shares * (block * (taps * (depth + 16) + 32 * panels a share) + depth * 32) floats; depth: 256 or 64
+  std::int64_t images, size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2], channels, filters;
+  bool transposed;      // stride, padding and dilation are those of the convolution that maps the result's size to the input's
+  std::int64_t block;   // places that are worked on at a time
+  std::int64_t shares;  // parts that panels of filters are dealt into, one a thread
+  Epilogue epilogue;
+};
+
 // One set of kernels an instruction set. Each computes the range [begin, end) of the result: elements, or rows of
 // images where it says so.
 struct Kernels {
@@ -184,8 +202,9 @@ struct Kernels {
   void (*max_pool)(const MaxPoolArguments&, std::int64_t begin, std::int64_t end);
   void (*pool_dgrad)(const PoolDgradArguments&, std::int64_t begin, std::int64_t end);
   void (*winograd)(const WinogradArguments&, std::int64_t begin, std::int64_t end);    // shares
-  void (*winograd_weight)(const WinogradWeightArguments&, std::int64_t begin, std::int64_t end);  // panels of 32 filters
+  void (*winograd_filters)(const FilterArguments&, std::int64_t begin, std::int64_t end);  // panels of 32 filters
   void (*pointwise)(const PointwiseArguments&, std::int64_t begin, std::int64_t end);  // shares
+  void (*convolution)(const ConvolutionArguments&, std::int64_t begin, std::int64_t end);  // shares
   void (*depthwise)(const DepthwiseArguments&, std::int64_t begin, std::int64_t end);  // rows
 };
 

@@ -23,53 +23,6 @@ inline void transform_input(const Lanes d[4], Lanes out[4]) {
   out[3] = d[1] - d[3];
 }
 
-// G g: the rows 0, (0 + 1 + 2) / 2, (0 - 1 + 2) / 2, 2.
-inline void transform_filter(const Lanes g[3], Lanes out[4]) {
-  const Lanes half = lanes(0.5f), outer = g[0] + g[2];
-  out[0] = g[0];
-  out[1] = (outer + g[1]) * half;
-  out[2] = (outer - g[1]) * half;
-  out[3] = g[2];
-}
-
-constexpr std::int64_t kChannelsAtOnce = 16;  // a cache line of weights, where channels are innermost
-
-// The panels [begin, end) of filters.
-void winograd_weight(const WinogradWeightArguments& a, std::int64_t begin, std::int64_t end) {
-  alignas(64) float taps[9][kChannelsAtOnce][kPanel];
-  const std::int64_t point_stride = a.filters * a.channels;
-  for (std::int64_t i = begin * a.channels; i < end * a.channels; i += kChannelsAtOnce) {
-    const std::int64_t panel = i / a.channels, channel = i % a.channels;
-    const float* given = a.given + panel * kPanel * a.filter_stride + channel * a.channel_stride;
-    for (std::int64_t tap = 0; tap < 9; ++tap) {
-      const float* from = given + tap / 3 * a.tap_strides[0] + tap % 3 * a.tap_strides[1];
-      for (std::int64_t f = 0; f < kPanel; ++f) {
-        for (std::int64_t c = 0; c < kChannelsAtOnce; ++c) {
-          taps[tap][c][f] = from[f * a.filter_stride + c * a.channel_stride];
-        }
-      }
-    }
-    for (std::int64_t c = 0; c < kChannelsAtOnce; ++c) {
-      float* to = a.result + (panel * a.channels + channel + c) * kPanel;
-      for (std::int64_t f = 0; f < kPanel; f += kLanes) {
-        Lanes half[3][kTile];  // [column][row]
-        for (int j = 0; j < 3; ++j) {
-          const Lanes g[3] = {lanes(&taps[j][c][f]), lanes(&taps[3 + j][c][f]), lanes(&taps[6 + j][c][f])};
-          transform_filter(g, half[j]);
-        }
-        for (int row = 0; row < kTile; ++row) {
-          const Lanes g[3] = {half[0][row], half[1][row], half[2][row]};
-          Lanes transformed[kTile];
-          transform_filter(g, transformed);
-          for (int j = 0; j < kTile; ++j) {
-            put(to + (row * kTile + j) * point_stride + f, transformed[j]);
-          }
-        }
-      }
-    }
-  }
-}
-
 struct TileGrid {
   std::int64_t rows, columns;
 };

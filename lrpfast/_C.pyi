@@ -7,6 +7,9 @@ _Pair = Sequence[int]
 _Epilogue = tuple[
     int, bool, bool, float, float, int, int, int, float
 ]  # bias, add, clamp, low, high, carrier, message_a, message_b, eps
+_Filters = tuple[
+    int, int, int, _Pair, int, int, int, bool, tuple[float, float]
+]  # given, filter_stride, channel_stride, tap_strides, filters, channels, factors, factor_of_channel, scales
 
 class BuildInfo(TypedDict):
     compiler: str
@@ -163,14 +166,22 @@ def winograd(
     threads: int,
     /,
 ) -> None: ...
-def winograd_weight(
-    given: int,
-    filter_stride: int,
-    channel_stride: int,
-    tap_strides: _Pair,
+def winograd_filters(weight: _Filters, result: int, threads: int, /) -> None: ...
+def convolution(
+    input: int,
+    weight: _Filters,
     result: int,
-    filters: int,
-    channels: int,
+    workspace: int,
+    images: int,
+    size: _Pair,
+    out_size: _Pair,
+    kernel: _Pair,
+    stride: _Pair,
+    padding: _Pair,
+    dilation: _Pair,
+    transposed: bool,
+    block: int,
+    then: _Epilogue,
     threads: int,
     /,
 ) -> None: ...

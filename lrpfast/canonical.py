@@ -35,6 +35,7 @@ from lrpfast.graph import (
     rank,
     value,
 )
+from lrpfast.ops.filters import Filters
 
 aten = torch.ops.aten
 
@@ -259,6 +260,8 @@ def _fold(builder: Builder, node: fx.Node, layer: fx.Node, statistics: list, eps
         builder.derived(("folded", node.name), new_weight, f"{weight.target}_folded"),
         builder.constant(new_bias, f"{weight.target}_folded_bias"),
     ]
+    if not (transposed or builder.constants.is_derived(weight.target)):
+        builder.constants.fold(nodes[0].target, Filters.of(builder.tensor(weight), scale))
     folded = builder.call(layer.target, layer.args[0], *nodes, *layer.args[3:])
     builder.path = path
     folded.meta["aliases"] = (*layer.meta.get("aliases", ()), path)

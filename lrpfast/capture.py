@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import linecache
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +59,9 @@ def capture(model: torch.nn.Module | ExportedProgram, inputs: tuple[torch.Tensor
     if isinstance(model, torch.nn.Module):
         _check_mode(model)
     try:
-        exported = model if isinstance(model, ExportedProgram) else _export(model, _example_batch(inputs))
-        return _read(_functional(exported))
+        with _source_lines_forgotten():
+            exported = model if isinstance(model, ExportedProgram) else _export(model, _example_batch(inputs))
+            return _read(_functional(exported))
     except LrpfastError:
         raise
     except Exception as error:
@@ -90,6 +93,18 @@ def _export(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Exporte
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         return torch.export.export(model, inputs, dynamic_shapes=_nest(model, shapes), strict=False)
+
+
+@contextmanager
+def _source_lines_forgotten() -> Iterator[None]:
+    """Let go of the files whose lines torch.export keeps for the stack of each node, some megabytes; they are read again when needed."""
+    before = set(linecache.cache)
+    try:
+        yield
+    finally:
+        for name in set(linecache.cache) - before:
+            if linecache.cache[name][1:2] not in ((), (None,)):  # else its source is in no file
+                del linecache.cache[name]
 
 
 def _nest(model: torch.nn.Module, shapes: tuple) -> tuple:

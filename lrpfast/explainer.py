@@ -31,7 +31,7 @@ from lrpfast.plan import Plan, StepTime, make_plan, step_time
 from lrpfast.relevance import Joint, Seed, default_seed, transform
 from lrpfast.runtime import Executor
 from lrpfast.runtime.graphs import CudaRecorder, Recorder, Replay
-from lrpfast.runtime.memory import give_back_free_memory
+from lrpfast.runtime.memory import give_back_free_memory, give_back_large_pieces
 from lrpfast.runtime.splitting import run_parts
 from lrpfast.runtime.tune import Tuner
 
@@ -60,7 +60,8 @@ class Compiled:
 
     def joint(self, seed: Seed) -> Joint:
         if seed not in self._joints:
-            self._joints[seed] = transform(self.program, self.rules, seed, self.record)
+            with give_back_large_pieces():
+                self._joints[seed] = transform(self.program, self.rules, seed, self.record)
         return self._joints[seed]
 
     def executor(self, seed: Seed, repeated: bool, batch: int) -> Executor:
@@ -403,7 +404,8 @@ class Explainer:
                     f"the exported program takes inputs of shape {list(node.meta['val'].shape[1:])} a sample, got "
                     f"{list(given.shape[1:])}"
                 )
-        program = canonicalise(captured.program, self._precision)
+        with give_back_large_pieces():
+            program = canonicalise(captured.program, self._precision)
         rules = assign(program, self._composite)
         backend = _backend_on(inputs[0].device, self._backend)
         autotune = self._autotune and (backend == "native" or (backend == "triton" and inputs[0].is_cuda))

@@ -10,6 +10,7 @@ malformed fails where it builds it. ``meta["path"]`` names the module of the use
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any
 
@@ -18,36 +19,47 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensorMode
 
+from lrpfast.ops.filters import Filters
 from lrpfast.ops.reference import Scales
 
 aten = torch.ops.aten
 
+# Of derived constants, what is held: enough that the weights of a layer are not made several times by one pass.
+_HELD_BYTES = 2**25
+
 
 class Constants(MutableMapping[str, torch.Tensor]):
-    """Tensors by name. Derived ones can be let go, and are made again when they are asked for.
+    """Tensors by name. Of derived ones the latest few are held, the others are made again when they are asked for.
 
-    An executor keeps weights as its kernels take them; what they were derived through would be a second copy of the model.
+    A program, and an executor that keeps weights as its kernels take them, would else be a second and a third copy of the model.
     """
 
     def __init__(self) -> None:
         self._tensors: dict[str, torch.Tensor | None] = {}
         self._makers: dict[str, Callable[[], torch.Tensor]] = {}
+        self._held: OrderedDict[str, int] = OrderedDict()  # derived ones that are there, the latest last: bytes
+        self._names: dict[int, str] = {}  # by identity; of tensors that are gone as well
         self._scaled: dict[str, tuple[str, Scales]] = {}
+        self._folded: dict[str, Filters] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self._tensors[name]
         if tensor is None:
             with torch.no_grad():
-                tensor = self._tensors[name] = self._makers[name]()
+                tensor = self._makers[name]()
+            self._hold(name, tensor)
+        elif name in self._held:
+            self._held.move_to_end(name)
         return tensor
 
     def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
         self._tensors[name] = tensor
+        self._names[id(tensor)] = name
 
     def __delitem__(self, name: str) -> None:
         del self._tensors[name]
-        self._makers.pop(name, None)
-        self._scaled.pop(name, None)
+        for record in (self._makers, self._held, self._scaled, self._folded):
+            record.pop(name, None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -55,9 +67,21 @@ class Constants(MutableMapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def derive(self, name: str, make: Callable[[], torch.Tensor]) -> None:
-        """Say how a constant is made. `make` may ask for other constants, and must not hold on to what it gets."""
+    def name_of(self, tensor: torch.Tensor) -> str | None:
+        """The name of this very tensor, where it is here."""
+        name = self._names.get(id(tensor))
+        return name if name is not None and self._tensors.get(name) is tensor else None
+
+    def derive(self, name: str, tensor: torch.Tensor, make: Callable[[], torch.Tensor]) -> None:
+        """Add a constant that is derived. `make` may ask for other constants, and must not hold on to what it gets."""
         self._makers[name] = make
+        self._hold(name, tensor)
+
+    def _hold(self, name: str, tensor: torch.Tensor) -> None:
+        self[name] = tensor
+        self._held[name] = tensor.nbytes
+        while sum(self._held.values()) > _HELD_BYTES and len(self._held) > 1:
+            self.let_go(next(iter(self._held)))
 
     def scale(self, name: str, source: str, scales: Scales) -> None:
         """Say that a constant is another one, its positive values and its negative ones multiplied by a number each."""
@@ -67,6 +91,26 @@ class Constants(MutableMapping[str, torch.Tensor]):
         """The constant that one is made of by `scale`, and how; None where it is not, or where that constant is gone."""
         found = self._scaled.get(name)
         return found if found is not None and found[0] in self._tensors else None
+
+    def fold(self, name: str, filters: Filters) -> None:
+        """Say that a derived constant is a tensor that is there anyway, each of its filters multiplied by a factor."""
+        self._folded[name] = filters
+
+    def filters(self, name: str) -> Filters | None:
+        """A weight said by what it is made of; None where it is derived in another way."""
+        source, scales = self._scaled.get(name, (name, None))
+        if source in self._folded:
+            filters = self._folded[source]
+        elif source in self._tensors and source not in self._makers:
+            filters = Filters(self[source])
+        else:
+            return None
+        return filters if scales is None else dataclasses.replace(filters, scales=scales)
+
+    def adopt(self, name: str, others: Constants, others_name: str) -> None:
+        """Take over what another program's constants say of one by `fold`."""
+        if others_name in others._folded:
+            self._folded[name] = others._folded[others_name]
 
     def is_derived(self, name: str) -> bool:
         return name in self._makers
@@ -80,8 +124,8 @@ class Constants(MutableMapping[str, torch.Tensor]):
 
     def let_go(self, *names: str) -> None:
         """Drop the derived tensors of these names, of all without any."""
-        for name in names or self._makers:
-            if name in self._makers:
+        for name in names or tuple(self._held):
+            if self._held.pop(name, None) is not None:
                 self._tensors[name] = None
 
 
@@ -133,7 +177,7 @@ class Builder:
         self.graph = fx.Graph()
         self.constants = Constants()
         self.path = ""
-        self._by_identity: dict[int, fx.Node] = {}
+        self._nodes: dict[str, fx.Node] = {}  # of constants
         self._derived: dict[tuple, fx.Node] = {}
         self._sizes: dict[tuple[fx.Node, int], fx.Node] = {}
 
@@ -145,33 +189,41 @@ class Builder:
 
     def constant(self, tensor: torch.Tensor, hint: str) -> fx.Node:
         """A constant; the same tensor object yields the same node."""
-        known = self._by_identity.get(id(tensor))
+        known = self.constants.name_of(tensor)
         if known is not None:
-            return known
-        name = _free_name(hint, self.constants)
-        self.constants[name] = tensor
-        node = self.graph.create_node("get_attr", name, name=name)
-        with self.fake_mode:
-            node.meta["val"] = self.fake_mode.from_tensor(tensor, static_shapes=True)
-        node.meta["path"] = self.path
-        self._by_identity[id(tensor)] = node
+            return self._nodes[known]
+        node = self._constant_node(tensor, hint)
+        self.constants[node.target] = tensor
         return node
 
     def derived(self, key: tuple, make: Callable[[], torch.Tensor], hint: str) -> fx.Node:
         """A constant that is computed once for each key, however many layers ask for it; see `Constants.derive`."""
         if key not in self._derived:
-            count = len(self.constants)
             with torch.no_grad():
-                node = self._derived[key] = self.constant(make(), hint)
-            if len(self.constants) > count:  # and `make` did not hand on a tensor that was there before
-                self.constants.derive(node.target, make)
+                tensor = make()
+            known = self.constants.name_of(tensor)
+            if known is not None:  # `make` handed on what was there before
+                self._derived[key] = self._nodes[known]
+            else:
+                node = self._derived[key] = self._constant_node(tensor, hint)
+                self.constants.derive(node.target, tensor, make)
         return self._derived[key]
+
+    def _constant_node(self, tensor: torch.Tensor, hint: str) -> fx.Node:
+        name = _free_name(hint, self.constants)
+        node = self._nodes[name] = self.graph.create_node("get_attr", name, name=name)
+        with self.fake_mode:
+            node.meta["val"] = self.fake_mode.from_tensor(tensor, static_shapes=True)
+        node.meta["path"] = self.path
+        return node
 
     def adopt(self, constants: Constants, name: str) -> fx.Node:
         """A constant of another program."""
-        if constants.is_derived(name):
-            return self.derived(("adopted", name), lambda: constants[name], name)
-        return self.constant(constants[name], name)
+        if not constants.is_derived(name):
+            return self.constant(constants[name], name)
+        node = self.derived(("adopted", name), lambda: constants[name], name)
+        self.constants.adopt(node.target, constants, name)
+        return node
 
     def tensor(self, node: fx.Node) -> torch.Tensor:
         """The value of a constant."""

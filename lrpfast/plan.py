@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from lrpfast.graph import is_tensor, operation_name, value
+from lrpfast.ops.filters import Filters
 from lrpfast.ops.products import Product
 from lrpfast.relevance import Joint
 from lrpfast.runtime import Executor
@@ -115,10 +116,18 @@ def step_time(step: Step, seconds: float, batch: int) -> StepTime:
     touched: list[fx.Node] = []
     fx.map_arg((step.args, step.kwargs), touched.append)
     tensors = [t for n in {*touched, node, *step.also} for t in _tensors(n.meta.get("val"))]
-    tensors += [a for a in step.args if isinstance(a, torch.Tensor)]
-    tensors += [a.weight for a in step.args if isinstance(a, Product)]
+    tensors += [t for t in map(_weight, step.args) if t is not None]
     size = sum(math.prod(n if isinstance(n, int) else batch for n in t.shape) * t.element_size() for t in tensors)
     return StepTime(node.meta.get("path", ""), name, seconds, flops, size)
+
+
+def _weight(argument: object) -> torch.Tensor | None:
+    """The tensor that a step reads, of an argument that is not the value of a node."""
+    if isinstance(argument, Product):
+        argument = argument.weight
+    if isinstance(argument, Filters):
+        argument = argument.weight
+    return argument if isinstance(argument, torch.Tensor) else None
 
 
 def _within(node: fx.Node) -> float:

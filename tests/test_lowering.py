@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import lrpfast
+from lrpfast import graph
 from lrpfast.graph import Constants
 from lrpfast.ops import native
-from lrpfast.ops.products import Winograd
+from lrpfast.ops.filters import Filters
+from lrpfast.ops.products import Direct, Winograd
 from lrpfast.runtime import convolutions
 
 
@@ -350,12 +352,109 @@ def test_large_weights_that_are_transformed_at_each_call_give_the_same(
     (compiled,) = explainer._compiled.values()
     steps = compiled.executor(compiled.default_seed, False, 3).steps
     layers = [arg for step in steps for arg in step.args if isinstance(arg, Winograd)]
-    assert {layer.flipped for layer in layers} == {True, False}  # layers, and transposes
-    assert all(layer.weight.shape[2:] == (3, 3) for layer in layers)
+    assert all(isinstance(layer.weight, Filters) for layer in layers)
+    assert {layer.weight.transposed for layer in layers} == {True, False}  # layers, and transposes
     exact = lrpfast.explain(copy.deepcopy(model).double(), x.double(), target=2, composite=how)
     reference = lrpfast.Explainer(model, x, composite=how, backend="torch")(x, target=2)
     error, of_torch = (torch.linalg.vector_norm(t.relevance.double() - exact.relevance) for t in (found, reference))
     assert error <= 2 * of_torch + 2**-22 * torch.linalg.vector_norm(exact.relevance)
+
+
+class Folded(nn.Module):
+    """A residual block with batch norms, some with negative factors, its stride in a 3 x 3 layer and in a 1 x 1 one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.first = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 3, 2, 1, bias=False)
+        self.second, self.skip = nn.Conv2d(32, 48, 1, bias=False), nn.Conv2d(32, 48, 1, 2, bias=False)
+        self.wide = nn.Conv2d(48, 8, 5, padding=2)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(n) for n in (32, 32, 48, 48))
+        for norm in self.norms:
+            nn.init.normal_(norm.weight)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norms[0](self.stem(x)).relu()
+        inner = self.norms[2](self.second(self.norms[1](self.first(h)).relu()))
+        h = (inner + self.norms[3](self.skip(h))).relu()
+        return self.head(self.wide(h).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("lies", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("composite", ["epsilon_plus", "epsilon_gamma_box", "epsilon_alpha2_beta1"])
+def test_one_image_is_explained_straight_from_large_weights(
+    composite: str, lies: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convolutions, "_LARGE_FOR_ONE", 0)
+    how = lrpfast.composites.epsilon_gamma_box(low=-4, high=4) if composite == "epsilon_gamma_box" else composite
+    model = Folded().eval().to(memory_format=lies)
+    x = torch.randn(1, 3, 15, 17, generator=torch.Generator().manual_seed(1))
+    explainer = lrpfast.Explainer(model, x, composite=how)
+    found = explainer(x, target=2)
+    (compiled,) = explainer._compiled.values()
+    steps = compiled.executor(compiled.default_seed, False, 1).steps
+    layers = [arg for step in steps for arg in step.args if isinstance(arg, Direct)]
+    assert {layer.weight.transposed for layer in layers} == {True, False}
+    own = {p.data_ptr() for p in model.parameters()}
+    assert all(layer.weight.weight.data_ptr() in own for layer in layers)  # nothing is derived but on the way
+    exact = lrpfast.explain(copy.deepcopy(model).double(), x.double(), target=2, composite=how)
+    reference = lrpfast.Explainer(model, x, composite=how, backend="torch")(x, target=2)
+    error, of_torch = (torch.linalg.vector_norm(t.relevance.double() - exact.relevance) for t in (found, reference))
+    assert error <= 2 * of_torch + 2**-22 * torch.linalg.vector_norm(exact.relevance)
+    with torch.no_grad():
+        model.first.weight *= -1  # the next call must not take the old one, nor half of it
+    again, fresh = explainer(x, target=2), lrpfast.explain(model, x, target=2, composite=how)
+    assert torch.equal(again.relevance, fresh.relevance) and not torch.equal(again.relevance, found.relevance)
+
+
+def test_several_images_have_their_weights_laid_out() -> None:
+    explainer = lrpfast.Explainer(Folded().eval(), torch.randn(2, 3, 15, 17))
+    (compiled,) = explainer._compiled.values()
+    steps = compiled.executor(compiled.default_seed, False, 2).steps
+    assert not any(isinstance(arg, Direct) for step in steps for arg in step.args)
+
+
+def test_the_latest_derived_constants_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "_HELD_BYTES", 2 * 400)
+    constants, made = Constants(), []
+
+    def derive(name: str, number: int) -> None:
+        def make() -> Tensor:
+            made.append(name)
+            return torch.full((100,), float(number))
+
+        constants.derive(name, make(), make)
+
+    constants["given"] = torch.zeros(100)
+    for number, name in enumerate("abc"):
+        derive(name, number)
+    held = constants["b"]
+    assert constants["b"] is held and constants["c"][0] == 2 and made == ["a", "b", "c"]
+    assert constants["a"][0] == 0 and made == ["a", "b", "c", "a"]  # again, and `b`, asked for longest ago, goes
+    assert constants["b"] is not held and torch.equal(constants["b"], held) and made[-1] == "b"
+    assert constants.name_of(constants["b"]) == "b" and constants.name_of(held) is None
+    assert constants.name_of(constants["given"]) == "given"
+    constants.let_go()
+    assert constants["given"] is constants["given"] and len(made) == 5
+
+
+def test_a_weight_said_by_what_it_is_made_of() -> None:
+    constants, weight, factors = Constants(), torch.randn(40, 3, 1, 1), torch.rand(40)
+    constants["weight"] = weight
+    constants.derive("folded", weight.clone(), lambda: weight)
+    constants.fold("folded", Filters.of(weight, factors))
+    constants.derive("plus", weight.clone(), lambda: weight)
+    constants.scale("plus", "folded", (1.0, 0.0))
+    constants.derive("other", weight.clone(), lambda: weight)
+    given, folded, plus = (constants.filters(name) for name in ("weight", "folded", "plus"))
+    assert all(f.weight is weight for f in (given, folded, plus))
+    assert given.factors is None and given.scales == folded.scales == (1.0, 1.0) and plus.scales == (1.0, 0.0)
+    assert torch.equal(plus.factors[:40], factors.double()) and len(plus.factors) == 64  # whole panels
+    assert constants.filters("other") is None
+    del constants["folded"]
+    assert constants.filters("folded") is None
 
 
 def test_a_scaled_constant_is_no_more_than_itself_once_its_source_is_gone() -> None:

@@ -1,11 +1,12 @@
-"""Convolutions of our own against float64: Winograd's filtering, 1 x 1 products and depthwise layers, each with all that may follow
-in its call.
+"""Convolutions of our own against float64: Winograd's filtering, 1 x 1 products, depthwise layers and those straight from their
+weight, each with all that may follow in its call.
 
 The rule for rounding: at most twice the error of torch's convolution in float32, in the norm of the result.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lrpfast.ops import native, products
-from lrpfast.ops.products import RELU, Depthwise, Pointwise, Winograd
+from lrpfast.ops.filters import Filters
+from lrpfast.ops.products import RELU, Depthwise, Direct, Pointwise, Winograd
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -68,13 +70,12 @@ def test_winograd(sizes: tuple, bias: bool, relu: bool) -> None:
     exact = F.conv2d(x.double(), weight.double(), None if shift is None else shift.double(), padding=padding)
     direct = F.conv2d(x, weight, shift, padding=padding)
     squares = squared(x, weight, padding=padding)
-    given = weight.contiguous(memory_format=torch.channels_last)
     turned = weight.transpose(0, 1).flip(2, 3)  # the layer that this one is the transpose of
-    for layer in (
-        Winograd.of(weight, padding), Winograd(weight, padding), Winograd(given, padding),
-        Winograd(turned.contiguous(), padding, flipped=True),
-        Winograd(turned.contiguous(memory_format=torch.channels_last), padding, flipped=True),
-    ):  # fmt: skip
+    laid_out = [Winograd.of(weight, padding)]
+    for lies in (torch.contiguous_format, torch.channels_last):
+        laid_out.append(Winograd(Filters(weight.contiguous(memory_format=lies)), padding))
+        laid_out.append(Winograd(Filters(turned.contiguous(memory_format=lies), transposed=True), padding))
+    for layer in laid_out:
         found = products.convolution(layer, x, shift, RELU if relu else None)
         assert found.is_contiguous(memory_format=torch.channels_last)
         assert_as_exact(found, direct.relu() if relu else direct, exact.relu() if relu else exact, squares)
@@ -225,6 +226,59 @@ def test_depthwise_takes_what_it_fits_alone() -> None:
         assert not Depthwise.fits(shape, groups)
 
 
+directs = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 3), st.integers(1, 2))
+
+
+@given(
+    batch=st.integers(0, 2), channels=st.sampled_from([3, 16, 70, 300]), filters=st.sampled_from([1, 32, 40, 70]),
+    size=st.tuples(st.integers(1, 17), st.integers(1, 17)), rows=directs, columns=directs, bias=st.booleans(),
+    clamp=st.sampled_from([None, RELU, (-0.5, 0.75)]), folded=st.booleans(), scales=st.sampled_from([(1.0, 1.0), (1.0, 0.0), (1.25, 1.0)]),
+    lies=st.sampled_from([torch.contiguous_format, torch.channels_last]),
+)  # fmt: skip
+@settings(max_examples=60)
+def test_direct_and_its_transpose(
+    batch: int, channels: int, filters: int, size: tuple[int, int], rows: tuple, columns: tuple, bias: bool,
+    clamp: tuple | None, folded: bool, scales: tuple[float, float], lies: torch.memory_format,
+) -> None:  # fmt: skip
+    kernel, stride, padding, dilation = zip(rows, columns, strict=True)
+    spans = [n + 2 * p - d * (k - 1) for n, k, p, d in zip(size, kernel, padding, dilation, strict=True)]
+    assume(all(span >= 1 for span in spans))
+    given = draw(filters, channels, *kernel, seed=1).contiguous(memory_format=lies)
+    factors = draw(filters, seed=4).double() if folded else torch.ones(filters, dtype=torch.float64)
+    product = given.double() * factors[:, None, None, None]
+    weight = product * torch.where(product > 0, *scales)
+    made = Filters.of(given, factors) if folded else Filters(given)
+    made = dataclasses.replace(made, scales=scales)
+    assert Direct.fits(given.shape, 1)
+    shift = draw(filters, seed=2) if bias else None
+    how = (stride, padding, dilation)
+
+    def layer(x: Tensor, dtype: torch.dtype) -> Tensor:
+        total = F.conv2d(x.to(dtype), weight.to(dtype), None if shift is None else shift.to(dtype), *how)
+        return total if clamp is None else total.clamp(*clamp)
+
+    x = images(batch, channels, *size)
+    found = products.convolution(Direct(made, *how), x, shift, clamp)
+    exact = layer(x, torch.float64)
+    assert_as_exact(found, layer(x, torch.float32), exact, squared(x, weight, *how))
+
+    def transpose(s: Tensor, power: int = 1) -> Tensor:
+        """By autograd."""
+        probe = torch.zeros(x.shape, dtype=s.dtype, requires_grad=True)
+        weighted = (F.conv2d(probe, weight.to(s.dtype) ** power, None, *how) * s).sum()
+        return torch.autograd.grad(weighted, probe)[0]
+
+    s = images(*exact.shape, seed=3)
+    back = products.convolution(Direct(dataclasses.replace(made, transposed=True), *how, size), s, None)
+    assert_as_exact(back, transpose(s), transpose(s.double()), transpose(s.double() ** 2, 2))
+
+
+def test_direct_takes_what_it_fits_alone() -> None:
+    assert Direct.fits((24, 7, 8, 8), 1)
+    for shape, groups in (((24, 7, 9, 8), 1), ((24, 7, 3, 3), 2), ((24, 7, 3), 1)):
+        assert not Direct.fits(shape, groups)
+
+
 def layers_of(kind: str) -> tuple[products.Product, Tensor, dict]:
     """A layer of our own, the weight that it is of, and the arguments of torch's convolution."""
     if kind == "winograd":
@@ -233,11 +287,14 @@ def layers_of(kind: str) -> tuple[products.Product, Tensor, dict]:
     if kind == "depthwise":
         weight = draw(32, 1, 3, 3, seed=1)
         return Depthwise.of(weight, [1, 1], [1, 1], [1, 1]), weight, {"padding": 1, "groups": 32}
+    if kind == "direct":
+        weight = draw(40, 32, 3, 3, seed=1)
+        return Direct(Filters(weight), (1, 1), (1, 1), (1, 1)), weight, {"padding": 1}
     weight = draw(40, 32, 1, 1, seed=1)  # 40: a panel and a half vector
     return Pointwise.of(weight, [1, 1]), weight, {}
 
 
-KINDS = ["winograd", "pointwise", "depthwise"]
+KINDS = ["winograd", "pointwise", "depthwise", "direct"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,6 +1,6 @@
 """Convolutions of our own, in C++, with what follows them elementwise in the same call: float32, channels-last.
 
-Three kinds of layers, each with its weight laid out once:
+Four kinds of layers, the first three with their weights laid out once:
 
 - `Winograd`: 3 x 3 filters, stride 1, by Winograd's minimal filtering F(2 x 2, 3 x 3) (csrc/winograd_cpu.h). It takes 4 / 9 of the
   multiplications of the direct form, half its time on large layers, and rounds no worse: sums are nine times shorter. Larger
@@ -9,6 +9,8 @@ Three kinds of layers, each with its weight laid out once:
 - `Pointwise`: 1 x 1 filters, a product of matrices (csrc/pointwise_cpu.h). It also takes the positive part of a layer with signed
   input (RULES §2: ``W⁺x⁺ + W⁻x⁻``), and its transpose, in one product.
 - `Depthwise`: one filter a channel, of any window, or the transpose of such a layer (csrc/depthwise_cpu.h). It is bound by memory.
+- `Direct`: any window, or the transpose of such a layer, for few places and a large weight (csrc/convolution_cpu.h). The weight is
+  read once from where the model has it, and takes no memory of its own.
 
 Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015.
 """
@@ -23,9 +25,10 @@ import torch
 from torch import Tensor
 
 from lrpfast.ops import native
+from lrpfast.ops.filters import PANEL, Filters
 
-_PANEL = 32  # filters, in a weight's innermost dimension
 _SKEW = 16  # kSkew of csrc/matrix_cpu.h
+_PLACES = 196  # that are worked on at a time by `Direct`: their rows stay in the second-level cache, or near it
 _TILES, _CHUNK = 56, 128  # tiles, and filters, that are worked on at a time: products stay in the second-level cache
 
 Clamp = tuple[float, float]  # the smallest and the largest value
@@ -61,17 +64,13 @@ class Winograd:
     Attributes
     ----------
     weight
-        G g Gᵀ of each filter, ``[16, K / 32, C, 32]``; or the filters ``[K, C, 3, 3]`` themselves, transformed at each call:
-        the former take 16 / 9 of the memory of the latter, besides the model's own.
+        G g Gᵀ of each filter, ``[16, K / 32, C, 32]``; or the filters ``[K, C, 3, 3]``, to be transformed at each call.
     padding
         0, 1 or 2, of height and width.
-    flipped
-        Of filters that are transformed at each call: whether the layer is the transpose of the one that they are of.
     """
 
-    weight: Tensor
+    weight: Tensor | Filters
     padding: tuple[int, ...]
-    flipped: bool = False
 
     @staticmethod
     def fits(
@@ -82,56 +81,39 @@ class Winograd:
         plain = [*weight_shape[2:]] == [3, 3] and [*stride, *dilation, groups] == [1] * 5
         if not plain or not all(0 <= p <= 2 for p in padding):
             return False
-        whole = weight_shape[0] % _PANEL == 0 and weight_shape[1] % 16 == 0
+        whole = weight_shape[0] % PANEL == 0 and weight_shape[1] % 16 == 0
         return whole and all(n + 2 * p >= 4 for n, p in zip(size, padding, strict=True))  # a tile of results, at least
 
     @classmethod
     def of(cls, weight: Tensor, padding: Sequence[int]) -> Winograd:
         """Lay out filters ``[K, C, 3, 3]``. They are transformed in float64."""
         filters, channels = weight.shape[:2]
-        laid_out = torch.empty((16, filters // _PANEL, channels, _PANEL))
-        for panel, own in enumerate(weight.split(_PANEL)):  # piece by piece: in float64 a layer is large
+        laid_out = torch.empty((16, filters // PANEL, channels, PANEL))
+        for panel, own in enumerate(weight.split(PANEL)):  # piece by piece: in float64 a layer is large
             both = _transform(_transform(own.double(), 2), 3)
-            laid_out[:, panel] = both.permute(2, 3, 1, 0).reshape(16, channels, _PANEL)
+            laid_out[:, panel] = both.permute(2, 3, 1, 0).reshape(16, channels, PANEL)
         return cls(laid_out, tuple(padding))
-
-    @property
-    def _is_laid_out(self) -> bool:
-        return self.weight.shape[3] == _PANEL
 
     def empty(self, x: Tensor) -> Tensor:
         """Memory for the result."""
         size = [n + 2 * p - 2 for n, p in zip(x.shape[2:], self.padding, strict=True)]
-        filters = self.weight.shape[1] * _PANEL if self._is_laid_out else self.weight.shape[int(self.flipped)]
+        weight = self.weight
+        filters = weight.shape[0] if isinstance(weight, Filters) else weight.shape[1] * PANEL
         return _images(x.shape[0], filters, size)
 
     def run(self, x: Tensor, out: Tensor, then: _Then) -> Tensor:
         assert native.extension is not None
         channels, filters = x.shape[1], out.shape[1]
-        weight = self.weight if self._is_laid_out else _transformed(self.weight, self.flipped)
+        weight = self.weight.transformed() if isinstance(self.weight, Filters) else self.weight
         chunk, threads = min(_CHUNK, filters), torch.get_num_threads()
-        workspace = torch.empty(threads * 16 * _TILES * (channels + chunk + 2 * _SKEW))
+        tiles = out.shape[0] * math.prod(-(-n // 2) for n in out.shape[2:])
+        block = max(1, min(_TILES, -(-tiles // threads)))
+        workspace = torch.empty(threads * 16 * block * (channels + chunk + 2 * _SKEW))
         native.extension.winograd(
             x.data_ptr(), weight.data_ptr(), out.data_ptr(), workspace.data_ptr(), x.shape[0], x.shape[2:],
-            out.shape[2:], self.padding, channels, filters, _TILES, chunk, then, threads,
+            out.shape[2:], self.padding, channels, filters, block, chunk, then, threads,
         )  # fmt: skip
         return out
-
-
-def _transformed(weight: Tensor, flipped: bool) -> Tensor:
-    """As `Winograd.of` lays filters out, in float32; filters may lie in any order. Flipped: inputs for outputs, taps in reverse."""
-    assert native.extension is not None
-    (filters, channels), (filter_stride, channel_stride, *taps) = weight.shape[:2], weight.stride()
-    first = weight.data_ptr()
-    if flipped:
-        filters, channels, filter_stride, channel_stride = channels, filters, channel_stride, filter_stride
-        first += weight.element_size() * 2 * sum(taps)  # the last tap
-        taps = [-t for t in taps]
-    out = torch.empty((16, filters // _PANEL, channels, _PANEL))
-    native.extension.winograd_weight(
-        first, filter_stride, channel_stride, taps, out.data_ptr(), filters, channels, torch.get_num_threads()
-    )
-    return out
 
 
 def _transform(g: Tensor, dim: int) -> Tensor:
@@ -185,7 +167,7 @@ class Pointwise:
     def run(self, x: Tensor, out: Tensor, then: _Then, sign: Tensor | None = None) -> Tensor:
         assert native.extension is not None
         panels, depth = self.weight.shape[:2]
-        width = panels * _PANEL
+        width = panels * PANEL
         threads = torch.get_num_threads()
         rows = 14 if depth <= 64 else 28  # at a time: their products stay in the first-level cache, or near it
         workspace = torch.empty(threads * rows * (depth + _SKEW + (width if sign is None else 2 * width)))
@@ -198,9 +180,9 @@ class Pointwise:
 
 def _panels(weight: Tensor) -> Tensor:
     filters, depth = weight.shape[:2]
-    padded = weight.new_zeros((-(-filters // _PANEL) * _PANEL, depth))
+    padded = weight.new_zeros((-(-filters // PANEL) * PANEL, depth))
     padded[:filters] = weight.flatten(1)
-    return padded.unflatten(0, (-1, _PANEL)).mT.contiguous()
+    return padded.unflatten(0, (-1, PANEL)).mT.contiguous()
 
 
 def _images(batch: int, channels: int, size: Sequence[int]) -> Tensor:
@@ -246,8 +228,7 @@ class Depthwise:
         """Memory for the result."""
         size = self.size
         if size is None:
-            windows = zip(x.shape[2:], self.weight.shape, self.stride, self.padding, self.dilation, strict=False)
-            size = tuple((n + 2 * p - d * (k - 1) - 1) // t + 1 for n, k, t, p, d in windows)
+            size = _result_size(x.shape[2:], self.weight.shape[:2], self.stride, self.padding, self.dilation)
         return _images(x.shape[0], x.shape[1], size)
 
     def run(self, x: Tensor, out: Tensor, then: _Then) -> Tensor:
@@ -260,7 +241,61 @@ class Depthwise:
         return out
 
 
-Product = Winograd | Pointwise | Depthwise
+@dataclasses.dataclass(frozen=True, eq=False)
+class Direct:
+    """A convolution straight from its weight, or the transpose of one.
+
+    Attributes
+    ----------
+    weight
+        What it is made of.
+    stride, padding, dilation
+        Of height and width.
+    size
+        Of a transpose: height and width of its result; None: a convolution.
+    """
+
+    weight: Filters
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    size: tuple[int, ...] | None = None
+
+    @staticmethod
+    def fits(weight_shape: Sequence[int], groups: int) -> bool:
+        """Whether a layer with filters of this shape is one."""
+        return groups == 1 and len(weight_shape) == 4 and math.prod(weight_shape[2:]) <= 64
+
+    def empty(self, x: Tensor) -> Tensor:
+        """Memory for the result."""
+        size = self.size
+        if size is None:
+            size = _result_size(x.shape[2:], self.weight.shape[2:], self.stride, self.padding, self.dilation)
+        return _images(x.shape[0], self.weight.shape[0], size)
+
+    def run(self, x: Tensor, out: Tensor, then: _Then) -> Tensor:
+        assert native.extension is not None
+        kernel = self.weight.shape[2:]
+        taps, threads = math.prod(kernel), torch.get_num_threads()
+        block = min(_PLACES, out.shape[0] * math.prod(out.shape[2:]))
+        depth, panels = 256 if taps == 1 else 64, -(-self.weight.shape[0] // PANEL)
+        share = -(-panels // threads)
+        workspace = torch.empty(threads * (block * (taps * (depth + _SKEW) + share * PANEL) + depth * PANEL))
+        native.extension.convolution(
+            x.data_ptr(), self.weight.described(), out.data_ptr(), workspace.data_ptr(), x.shape[0], x.shape[2:],
+            out.shape[2:], kernel, self.stride, self.padding, self.dilation, self.size is not None, block, then, threads,
+        )  # fmt: skip
+        return out
+
+
+def _result_size(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, ...]:
+    windows = zip(size, kernel, stride, padding, dilation, strict=True)
+    return tuple((n + 2 * p - d * (k - 1) - 1) // t + 1 for n, k, t, p, d in windows)
+
+
+Product = Winograd | Pointwise | Depthwise | Direct
 
 
 def convolution(layer: Product, x: Tensor, bias: Tensor | None, clamp: Clamp | None = None) -> Tensor:

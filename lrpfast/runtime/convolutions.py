@@ -4,10 +4,14 @@ torch's operators reorder a weight at every call. Here that is done once: for on
 batch that is expected, or for a product of our own (lrpfast.ops.products), which takes half the time for 3 x 3 layers and spares
 what follows elementwise a pass over memory. A transpose is a plain convolution with flipped weights where the stride is 1, and a
 transposed convolution elsewhere. Which way wins is timed, layer by layer.
+
+Large weights are not laid out for one image. Each layer has three of them (z, z⁺, and its transpose), together more than the gradient
+takes; so they are read from where the model has them, and made on the way.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -18,7 +22,8 @@ from torch import fx
 
 from lrpfast.graph import Constants, argument, is_tensor, operation_name, rank, static_sizes, value
 from lrpfast.ops import products
-from lrpfast.ops.products import RELU, Clamp, Depthwise, Pointwise, Product, Winograd
+from lrpfast.ops.filters import Filters
+from lrpfast.ops.products import RELU, Clamp, Depthwise, Direct, Pointwise, Product, Winograd
 from lrpfast.ops.transposes import TRANSPOSES, fits_plain_convolution, flipped_weight, left_over
 from lrpfast.runtime.fusion import Either, SignedPart
 from lrpfast.runtime.step import Step
@@ -32,7 +37,9 @@ _SHOWN = {"relu": "ReLU", "hardtanh": "clamp"}
 
 # Ways to compute a layer, as `plan()` shows them.
 _DIRECT, _TRANSPOSED, _BACKWARD = "as a convolution", "as a transposed convolution", "torch's backward"
-_OWN = {Winograd: "by Winograd", Pointwise: "as a product", Depthwise: "channel by channel"}
+_OWN = {
+    Winograd: "by Winograd", Pointwise: "as a product", Depthwise: "channel by channel", Direct: "straight from its weight",
+}  # fmt: skip
 
 _Ways = dict[str, Callable[[], list[Step]]]
 
@@ -88,7 +95,6 @@ class Convolutions:
         if key not in self._prepared:
             with torch.no_grad():
                 self._prepared[key] = make(self._constants[node.target])
-            self._constants.let_go(node.target)  # all of them at once would be a second copy of the model
         return self._prepared[key]
 
     def _weight(self, node: fx.Node) -> Any:
@@ -104,7 +110,7 @@ class Convolutions:
         epilogue = None if activation is None else _epilogue(activation)
         ways: _Ways = {_DIRECT: lambda: [self._direct(node, activation, epilogue)]}
         clamped = None if epilogue is None else activation
-        ways = self._with_own(self._own_layer(node), ways, lambda own: self._own(node, own, clamped))
+        ways = self._with_own(node, self._own_layer(node), ways, lambda own: self._own(node, own, clamped))
         return self._fastest(node, ways)
 
     def ratio(self, node: fx.Node, layer: fx.Node | SignedPart, ratio: Step, out: fx.Node | None) -> list[Step] | None:
@@ -125,7 +131,8 @@ class Convolutions:
         kind, layer_of = make
         if isinstance(layer, SignedPart):
             return own(layer_of())
-        ways: _Ways = {kind: lambda: own(layer_of()), _DIRECT: lambda: [self._direct(convolution, None, None), ratio]}
+        ways: _Ways = {_DIRECT: lambda: [self._direct(convolution, None, None), ratio]}
+        ways = self._with_own(convolution, (kind, layer_of), ways, own, first=True)
         return self._fastest(convolution, ways, "in its ratio")
 
     def signed(self, node: fx.Node, part: SignedPart) -> list[Step] | None:
@@ -138,7 +145,7 @@ class Convolutions:
 
     def either(self, group: Either) -> list[Step] | None:
         """One of two transposes, by the sign of a value; None where there is no better way than both."""
-        uppers, lowers = (self._own_layer(t) for t in (group.upper, group.lower))
+        uppers, lowers = (self._own_layer(t, by_sign=True) for t in (group.upper, group.lower))
         if uppers is None or lowers is None or _OWN[Pointwise] != uppers[0]:
             return None
         upper, lower = group.upper.args[1], group.lower.args[1]
@@ -160,7 +167,7 @@ class Convolutions:
         elif (transposed := self._transposed_convolution(node)) is not None:
             ways[_TRANSPOSED] = transposed
         ways[_BACKWARD] = lambda: [self._torch_backward(node)]
-        ways = self._with_own(self._own_layer(node), ways, lambda own: self._own(node, own, None))
+        ways = self._with_own(node, self._own_layer(node), ways, lambda own: self._own(node, own, None))
         return self._fastest(node, ways)
 
     def dgrad_added(self, node: fx.Node, total: fx.Node, add: fx.Node) -> Step | None:
@@ -198,24 +205,25 @@ class Convolutions:
         args = (layer, node.args[0], bias, None if activation is None else _clamp(activation))
         return [Step(activation or node, products.convolution, args, note=note, computes=(node,))]
 
-    def _own_layer(self, node: fx.Node) -> tuple[str, Callable[[], Product]] | None:
-        """A convolution, or a transpose that is one, as a product of our own: its name and how it is made."""
+    def _own_layer(self, node: fx.Node, by_sign: bool = False) -> tuple[str, Callable[[], Product]] | None:
+        """A convolution, or a transpose, as a product of our own: its name and how it is made."""
         is_forward = node.target is aten.convolution.default
         x, weight = node.args[:2]
         if not self._compiled or not products.is_fast() or not products.takes(value(x)):
             return None
         if is_forward and not self._takes(node) or weight.op != "get_attr" or rank(weight) != 4:
             return None
-        shape = tuple(value(weight).shape)
+        shape, sizes = tuple(value(weight).shape), static_sizes(x, (2, 3))
         stride, padding, dilation, groups = (node.args[i] for i in ((3, 4, 5, 8) if is_forward else (3, 4, 5, 6)))
+        windows = (tuple(stride), tuple(padding), tuple(dilation), None if is_forward else tuple(node.args[2]))
         if Depthwise.fits(shape, groups):
-            size = None if is_forward else node.args[2]
-            windows = (stride, padding, dilation, size)
             make = functools.partial(self._prepare, weight, f"depthwise {windows}", lambda t: Depthwise.of(t, *windows))
             return _OWN[Depthwise], make
+        at_call = self._is_made_at_call(weight) and Direct.fits(shape, groups) and not by_sign
+        direct = _OWN[Direct], lambda: Direct(self._filters(weight, not is_forward), *windows)
         if not is_forward:
             if not self._is_plain(node):
-                return None
+                return direct if at_call else None
             padding = [d * (k - 1) - p for d, k, p in zip(dilation, shape[2:], padding, strict=True)]
             shape = (shape[1], shape[0], *shape[2:])
 
@@ -223,13 +231,15 @@ class Convolutions:
             return t if is_forward else flipped_weight(t, 1)
 
         kind = f"{'' if is_forward else 'flipped '}{stride} {padding}"
-        if Winograd.fits(shape, static_sizes(x, (2, 3)), stride, padding, dilation, groups):
-            if self._transforms_at_call(shape, static_sizes(x, (2, 3))):
-                return _OWN[Winograd], lambda: Winograd(self._kept(weight), tuple(padding), flipped=not is_forward)
+        if Winograd.fits(shape, sizes, stride, padding, dilation, groups) and self._has_tiles(sizes, at_call):
+            if at_call or self._transforms_at_call(shape, sizes):
+                return _OWN[Winograd], lambda: Winograd(self._filters(weight, not is_forward), tuple(padding))
             make = functools.partial(
                 self._prepare, weight, f"winograd {kind}", lambda t: Winograd.of(arranged(t), padding)
             )
             return _OWN[Winograd], make
+        if at_call:
+            return direct
         if Pointwise.fits(shape, padding, groups):
             make = functools.partial(
                 self._prepare, weight, f"product {kind}", lambda t: Pointwise.of(arranged(t), stride)
@@ -237,20 +247,30 @@ class Convolutions:
             return _OWN[Pointwise], make
         return None
 
+    def _tiles(self, size: list[int]) -> int:
+        """Winograd's, of a batch."""
+        return self.batch * math.prod(-(-n // 2) for n in size)
+
+    def _has_tiles(self, size: list[int], at_call: bool) -> bool:
+        """Whether there are tiles enough that a weight made at each call is worth transforming."""
+        return not at_call or self._tiles(size) >= _TILES_FOR_ONE
+
     def _transforms_at_call(self, weight_shape: tuple[int, ...], size: list[int]) -> bool:
         """Whether a layer has weights large enough, and tiles enough to spread the time over, to transform them at each call."""
-        tiles = self.batch * math.prod(-(-n // 2) for n in size)
-        return 16 * 4 * math.prod(weight_shape[:2]) >= _LARGE_WEIGHT and tiles >= _ENOUGH_TILES
+        return 16 * 4 * math.prod(weight_shape[:2]) >= _LARGE_WEIGHT and self._tiles(size) >= _ENOUGH_TILES
 
-    def _kept(self, node: fx.Node) -> torch.Tensor:
-        """A weight as it is, which several layers may share."""
-        key = (node.target, "as it is")
-        if key not in self._prepared:
-            self._prepared[key] = self._constants[node.target]
-        return self._prepared[key]
+    def _is_made_at_call(self, weight: fx.Node) -> bool:
+        """Whether a weight is so large beside the values of a batch that no other form of it is kept."""
+        large = self.batch == 1 and self._compiled and value(weight).nbytes >= _LARGE_FOR_ONE
+        return large and self._constants.filters(weight.target) is not None
+
+    def _filters(self, node: fx.Node, transposed: bool) -> Filters:
+        """A weight by what it is made of, which takes no memory; by itself where that is not known."""
+        filters = self._constants.filters(node.target) or Filters(self._prepare(node, "as it is", lambda t: t))
+        return dataclasses.replace(filters, transposed=transposed)
 
     def _signed_layer(self, part: SignedPart) -> tuple[str, Callable[[], Product]] | None:
-        own = self._own_layer(part.first)
+        own = self._own_layer(part.first, by_sign=True)
         if own is None or own[0] != _OWN[Pointwise] or part.negative.op != "get_attr":
             return None
         stride, negative = part.first.args[3], part.negative.target
@@ -262,14 +282,18 @@ class Convolutions:
         )
 
     def _with_own(
-        self, own: tuple[str, Callable[[], Product]] | None, ways: _Ways, step: Callable[[Product], list[Step]]
-    ) -> _Ways:
-        """The ways with that of our own among them: first, where it is expected to be the fastest."""
+        self, node: fx.Node, own: tuple[str, Callable[[], Product]] | None, ways: _Ways,
+        step: Callable[[Product], list[Step]], first: bool = False,
+    ) -> _Ways:  # fmt: skip
+        """The ways with that of our own among them, first where it is expected to be the fastest; alone where no form of the weight
+        is kept, which others would need."""
         if own is None:
             return ways
         kind, make = own
         mine: _Ways = {kind: lambda: step(make())}
-        return {**ways, **mine} if kind == _OWN[Pointwise] else {**mine, **ways}
+        if self._is_made_at_call(node.args[1]) and kind != _OWN[Depthwise]:
+            return mine
+        return {**mine, **ways} if first or kind != _OWN[Pointwise] else {**ways, **mine}
 
     def _torch_backward(self, node: fx.Node) -> Step:
         s, weight = node.args[:2]
@@ -405,6 +429,10 @@ def _pointwise(
 # Of Winograd's weights: bytes, and tiles of a batch. A VGG has such layers, and half as much memory again without this; it costs
 # them 5 to 10% of their time.
 _LARGE_WEIGHT, _ENOUGH_TILES = 2**23, 150
+
+# Bytes of a weight of which no other form is kept for a batch of one (smaller ones come to few megabytes together), and tiles from
+# which on such a one is transformed at each call.
+_LARGE_FOR_ONE, _TILES_FOR_ONE = 2**17, 40
 
 # Multiplications below which no choice of kernel shows.
 _WORTH_TUNING = 5_000_000

@@ -103,6 +103,7 @@ class Lowering:
         self.keep = keep
         self.kernels = kernels
         self.fused = kernels is not reference  # whether there are kernels for what torch does in several passes
+        self._kept: dict[str, torch.Tensor] = {}
         self._computed: set[fx.Node] = set()  # by an earlier step, together with its operand
         self._postponed: set[fx.Node] = set()  # to the step that adds it to another value
 
@@ -152,8 +153,10 @@ class Lowering:
     # --- constants ---
 
     def constant(self, name: str) -> torch.Tensor:
-        """A constant that a step takes as it is."""
-        return self.program.constants[name]
+        """A constant that a step takes as it is; all that take it take the same tensor."""
+        if name not in self._kept:
+            self._kept[name] = self.program.constants[name]
+        return self._kept[name]
 
     # --- layers ---
 

@@ -4,6 +4,9 @@ The values of an explanation are tens of megabytes each. glibc gives memory of t
 every later call then asks for it anew, page by page, each page zeroed by the kernel first: 10 to 40% of an explanation's time.
 So its two thresholds are raised, once, when the first program for a CPU is built. The peak is what it was; what is freed after
 it stays with the process, for whatever allocates next. LRPFAST_KEEP_MEMORY=0 leaves the allocator alone.
+
+While a program is made it is the other way round: what its weights are derived through is freed at once, in pieces that nothing will
+ask for again, and would stand between the values of explanations. There each large piece is taken from the system and given back.
 """
 
 from __future__ import annotations
@@ -12,10 +15,13 @@ import ctypes
 import functools
 import os
 import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGEST_INT = 2**31 - 1
 _OLD_LARGEST_THRESHOLD = 2**25  # the most that glibc took before 2.35
+_LARGE_PIECE = 2**18
 
 
 @functools.cache
@@ -25,17 +31,38 @@ def keep_freed_memory() -> str:
         return "freed memory goes back to the system: LRPFAST_KEEP_MEMORY=0"
     if not _is_glibc():
         return "freed memory is left to the C library, which is not glibc"
-    mallopt = ctypes.CDLL(None).mallopt
-    if not mallopt(_M_MMAP_THRESHOLD, _LARGEST_INT):
-        mallopt(_M_MMAP_THRESHOLD, _OLD_LARGEST_THRESHOLD)
-    mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
+    _keep_up_to(_LARGEST_INT)
+    _mallopt()(_M_TRIM_THRESHOLD, _LARGEST_INT)
     return "freed memory is kept for the next explanation (LRPFAST_KEEP_MEMORY=0: given back)"
 
 
+@contextmanager
+def give_back_large_pieces() -> Iterator[None]:
+    """While a program is made, give freed memory back at once; afterwards keep it, see `keep_freed_memory`."""
+    if os.environ.get("LRPFAST_KEEP_MEMORY") == "0" or not _is_glibc():
+        yield
+        return
+    keep_freed_memory()
+    _mallopt()(_M_MMAP_THRESHOLD, _LARGE_PIECE)
+    try:
+        yield
+    finally:
+        _keep_up_to(_LARGEST_INT)
+
+
 def give_back_free_memory() -> None:
-    """Give the system what is free now: what the making of a program leaves is in pieces too small for an explanation's values."""
+    """Give the system what is free now: what the making of an executor leaves is in pieces too small for an explanation's values."""
     if _is_glibc():
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _keep_up_to(size: int) -> None:
+    if not _mallopt()(_M_MMAP_THRESHOLD, size):
+        _mallopt()(_M_MMAP_THRESHOLD, _OLD_LARGEST_THRESHOLD)
+
+
+def _mallopt() -> Callable[[int, int], int]:
+    return ctypes.CDLL(None).mallopt
 
 
 @functools.cache

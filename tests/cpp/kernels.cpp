@@ -298,10 +298,11 @@ void test_winograd(std::int64_t height, std::int64_t width, std::int64_t padding
     }
   }
   auto in_one_call = poison(16 * filters * channels);
-  const WinogradWeightArguments lay_out = {weight.data(), channels * 9, 9, {3, 1}, in_one_call.data(), filters, channels};
-  run<WinogradWeightArguments, &Kernels::winograd_weight>(lay_out, filters / 32, 1, threads);
+  const FilterArguments given = {weight.data(), channels * 9, 9, {3, 1}, filters, channels, nullptr, false, false, {1, 1},
+                                 in_one_call.data()};
+  run<FilterArguments, &Kernels::winograd_filters>(given, filters / 32, 1, threads);
   for (std::size_t i = 0; i < laid_out.size(); ++i) {
-    check(std::fabs(in_one_call[i] - laid_out[i]) < 1e-6, "winograd_weight", static_cast<std::int64_t>(i));
+    check(std::fabs(in_one_call[i] - laid_out[i]) < 1e-6, "winograd_filters", static_cast<std::int64_t>(i));
   }
   auto result = poison(images * out[0] * out[1] * filters), workspace = poison(threads * 16 * block * (channels + chunk + 32));
   const auto message = draw(static_cast<std::int64_t>(result.size()));
@@ -388,6 +389,60 @@ void test_depthwise(std::int64_t channels, std::int64_t kernel, std::int64_t str
   compare(s, out, size, back, true);
 }
 
+// Straight from the weight, which lies [filter, channel, tap] or [filter, tap, channel], and its transpose.
+void test_convolution(std::int64_t channels, std::int64_t filters, std::int64_t kernel, std::int64_t stride,
+                      std::int64_t padding, std::int64_t dilation, bool channels_last, int threads) {
+  const std::int64_t images = 2, block = 9, size[2] = {7, 10}, reach = dilation * (kernel - 1), window = kernel * kernel;
+  const std::int64_t out[2] = {(size[0] + 2 * padding - reach - 1) / stride + 1,
+                               (size[1] + 2 * padding - reach - 1) / stride + 1};
+  const std::int64_t tap_stride = channels_last ? channels : 1, channel_stride = channels_last ? 1 : window;
+  const auto x = draw(images * size[0] * size[1] * channels), s = draw(images * out[0] * out[1] * filters);
+  const auto weight = draw(filters * channels * window);
+  std::vector<double> factors(static_cast<std::size_t>((filters + 31) / 32 * 32), 1.0), forward(s.size()), back(x.size());
+  for (std::int64_t f = 0; f < filters; ++f) {
+    factors[f] = f % 3 - 0.75;  // some negative: the positive values are those of the product
+  }
+  for (std::int64_t i = 0; i < static_cast<std::int64_t>(s.size()); ++i) {
+    const std::int64_t f = i % filters, z = i / filters % out[1], y = i / filters / out[1] % out[0];
+    const std::int64_t image = i / filters / out[1] / out[0];
+    for (std::int64_t tap = 0; tap < window; ++tap) {
+      const std::int64_t row = y * stride - padding + tap / kernel * dilation;
+      const std::int64_t column = z * stride - padding + tap % kernel * dilation;
+      for (std::int64_t c = 0; c < channels && row >= 0 && row < size[0] && column >= 0 && column < size[1]; ++c) {
+        const double product = weight[(f * channels * window) + tap * tap_stride + c * channel_stride] * factors[f];
+        const double value = product * (product > 0 ? 1.25 : 0.5);
+        const std::int64_t place = ((image * size[0] + row) * size[1] + column) * channels + c;
+        forward[i] += x[place] * value;
+        back[place] += s[i] * value;
+      }
+    }
+  }
+  const auto compare = [&](const std::vector<float>& from, const std::int64_t from_size[2], const std::int64_t to_size[2],
+                           const std::vector<double>& expected, bool transposed) {
+    const std::int64_t inputs = transposed ? filters : channels, outputs = transposed ? channels : filters;
+    const std::int64_t filter_stride = transposed ? channel_stride : channels * window;
+    const std::int64_t depth = window == 1 ? 256 : 64, share = ((outputs + 31) / 32 + threads - 1) / threads;
+    auto result = poison(static_cast<std::int64_t>(expected.size()));
+    auto workspace = poison(threads * (block * (window * (depth + 16) + share * 32) + depth * 32));
+    const auto bias = draw(outputs);
+    const FilterArguments given = {weight.data(), filter_stride, transposed ? channels * window : channel_stride,
+                                   {kernel * tap_stride, tap_stride}, outputs, inputs, factors.data(), transposed, true,
+                                   {1.25f, 0.5f}, nullptr};
+    const Epilogue epilogue = {bias.data(), false, true, -0.5f, 0.75f, nullptr, nullptr, nullptr, 0.0f};
+    const ConvolutionArguments arguments = {from.data(), given, result.data(), workspace.data(), images,
+                                            {from_size[0], from_size[1]}, {to_size[0], to_size[1]}, {kernel, kernel},
+                                            {stride, stride}, {padding, padding}, {dilation, dilation}, inputs, outputs,
+                                            transposed, block, threads, epilogue};
+    run<ConvolutionArguments, &Kernels::convolution>(arguments, threads, 1, threads);
+    for (std::size_t i = 0; i < result.size(); ++i) {
+      const double sum = expected[i] + bias[i % outputs];
+      check(std::fabs(result[i] - std::fmin(std::fmax(sum, -0.5), 0.75)) < 1e-3, "convolution", static_cast<std::int64_t>(i));
+    }
+  };
+  compare(x, size, out, forward, false);
+  compare(s, out, size, back, true);
+}
+
 }  // namespace
 
 int main() {
@@ -415,6 +470,11 @@ int main() {
       test_depthwise(40, 3, 2, 1, 1, threads);
       test_depthwise(33, 5, 3, 4, 2, threads);
       test_depthwise(16, 8, 1, 0, 1, threads);
+      for (bool channels_last : {false, true}) {
+        test_convolution(5, 40, 3, 1, 1, 1, channels_last, threads);
+        test_convolution(80, 33, 3, 2, 1, 2, channels_last, threads);
+        test_convolution(300, 64, 1, 2, 0, 1, channels_last, threads);
+      }
       test_ratio_rows(3, 5, threads);
       test_ratio_rows(5, 515, threads);
       for (std::int64_t batch : {1, 5}) {

@@ -1,0 +1,166 @@
+// Filters as products of matrices take them: panels of kPanel filters, with all that a layer's weight is made of on the way, so that
+// a weight can be laid out at each call and need not stand in memory twice.
+#pragma once
+
+#include <utility>
+
+#include "matrix_cpu.h"
+
+namespace lrpfast {
+namespace {
+
+constexpr std::int64_t kChannelsAtOnce = 16;  // a cache line of weights, where channels are innermost
+constexpr std::int64_t kFilterAhead = 64;     // in floats; each filter is in a page of its own, where prefetching stops
+
+typedef std::int32_t Indices __attribute__((vector_size(4 * kLanes)));
+
+// A cell: the values of one tap, for channels that are worked on at a time.
+typedef float Cell[kChannelsAtOnce][kPanel];
+
+// Rows become columns, in blocks of kWidth, kWidth / 2, .. 1.
+template <int kWidth, std::size_t... kLane>
+inline void exchange(Lanes rows[kLanes], std::index_sequence<kLane...>) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if ((i & kWidth) == 0) {
+      const Lanes a = rows[i], b = rows[i + kWidth];
+#if defined(__clang__)
+      rows[i] = __builtin_shufflevector(a, b, ((kLane & kWidth) == 0 ? kLane : kLanes + kLane - kWidth)...);
+      rows[i + kWidth] = __builtin_shufflevector(a, b, ((kLane & kWidth) == 0 ? kLane + kWidth : kLanes + kLane)...);
+#else
+      rows[i] = __builtin_shuffle(a, b, Indices{((kLane & kWidth) == 0 ? int(kLane) : int(kLanes + kLane - kWidth))...});
+      rows[i + kWidth] =
+          __builtin_shuffle(a, b, Indices{((kLane & kWidth) == 0 ? int(kLane + kWidth) : int(kLanes + kLane))...});
+#endif
+    }
+  }
+  if constexpr (kWidth > 1) {
+    exchange<kWidth / 2>(rows, std::index_sequence<kLane...>{});
+  }
+}
+
+// A whole cell of filters whose channels lie side by side.
+inline void gather_transposed(const float* from, std::int64_t filter_stride, Cell& cell) {
+  for (std::int64_t f = 0; f < kPanel; f += kLanes) {
+    for (std::int64_t c = 0; c < kChannelsAtOnce; c += kLanes) {
+      Lanes rows[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        rows[i] = lanes(from + (f + i) * filter_stride + c);
+      }
+      exchange<kLanes / 2>(rows, std::make_index_sequence<kLanes>{});
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        put(&cell[c + i][f], rows[i]);
+      }
+    }
+  }
+}
+
+inline void gather(const FilterArguments& a, const float* from, std::int64_t filters, std::int64_t channels, Cell& cell) {
+  if (a.filter_stride == 1 && filters == kPanel) {
+    for (std::int64_t c = 0; c < channels; ++c) {
+      std::memcpy(cell[c], from + c * a.channel_stride, sizeof cell[c]);
+      __builtin_prefetch(from + (c + kChannelsAtOnce) * a.channel_stride, 0, 2);
+      __builtin_prefetch(from + (c + kChannelsAtOnce) * a.channel_stride + kPanel / 2, 0, 2);
+    }
+  } else if (a.channel_stride == 1 && filters == kPanel && channels == kChannelsAtOnce) {
+    gather_transposed(from, a.filter_stride, cell);
+  } else {
+    for (std::int64_t f = 0; f < filters; ++f) {
+      for (std::int64_t c = 0; c < channels; ++c) {
+        cell[c][f] = from[f * a.filter_stride + c * a.channel_stride];
+      }
+    }
+  }
+}
+
+// One channel of a panel. The product with a factor rounds once; the sign that `scales` go by is that of the product.
+inline void modify(const FilterArguments& a, std::int64_t panel, std::int64_t channel, const float* from, float* to) {
+  float row[kPanel];
+  if (!a.factors) {
+    std::memcpy(row, from, sizeof row);
+  } else if (a.factor_of_channel) {
+    const double factor = a.factors[channel];
+    LRPFAST_SIMD
+    for (std::int64_t f = 0; f < kPanel; ++f) {
+      row[f] = static_cast<float>(from[f] * factor);
+    }
+  } else {
+    const double* factors = a.factors + panel * kPanel;
+    LRPFAST_SIMD
+    for (std::int64_t f = 0; f < kPanel; ++f) {
+      row[f] = static_cast<float>(from[f] * factors[f]);
+    }
+  }
+  if (a.scaled) {
+    const float positive = a.scales[0], other = a.scales[1];
+    LRPFAST_SIMD
+    for (std::int64_t f = 0; f < kPanel; ++f) {
+      row[f] *= row[f] > 0.0f ? positive : other;
+    }
+  }
+  std::memcpy(to, row, sizeof row);
+}
+
+// The cell of one tap: `channels` rows of a panel.
+inline void lay_out_cell(const FilterArguments& a, std::int64_t panel, std::int64_t channel, std::int64_t channels,
+                         std::int64_t tap_offset, float* to) {
+  alignas(64) Cell cell;
+  const std::int64_t filters = smaller(kPanel, a.filters - panel * kPanel);
+  if (filters < kPanel) {
+    std::memset(cell, 0, sizeof cell);
+  }
+  gather(a, a.given + panel * kPanel * a.filter_stride + channel * a.channel_stride + tap_offset, filters, channels, cell);
+  for (std::int64_t c = 0; c < channels; ++c) {
+    modify(a, panel, channel + c, cell[c], to + c * kPanel);
+  }
+}
+
+// G g: the rows 0, (0 + 1 + 2) / 2, (0 - 1 + 2) / 2, 2.
+inline void transform_filter(const Lanes g[3], Lanes out[4]) {
+  const Lanes half = lanes(0.5f), outer = g[0] + g[2];
+  out[0] = g[0];
+  out[1] = (outer + g[1]) * half;
+  out[2] = (outer - g[1]) * half;
+  out[3] = g[2];
+}
+
+// `to` is where the panel's row of a channel begins; that of the next point lies point_stride further.
+inline void put_transformed(const Lanes g[9], float* to, std::int64_t point_stride) {
+  Lanes half[3][4];  // [column][row]
+  for (int j = 0; j < 3; ++j) {
+    const Lanes column[3] = {g[j], g[3 + j], g[6 + j]};
+    transform_filter(column, half[j]);
+  }
+  for (int row = 0; row < 4; ++row) {
+    const Lanes across[3] = {half[0][row], half[1][row], half[2][row]};
+    Lanes transformed[4];
+    transform_filter(across, transformed);
+    for (int j = 0; j < 4; ++j) {
+      put(to + (row * 4 + j) * point_stride, transformed[j]);
+    }
+  }
+}
+
+// G g G' of the panels [begin, end).
+void winograd_filters(const FilterArguments& a, std::int64_t begin, std::int64_t end) {
+  alignas(64) float taps[9][kChannelsAtOnce * kPanel];
+  const std::int64_t point_stride = a.filters * a.channels;
+  for (std::int64_t i = begin * a.channels; i < end * a.channels; i += kChannelsAtOnce) {
+    for (int tap = 0; tap < 9; ++tap) {
+      const std::int64_t offset = tap / 3 * a.tap_strides[0] + tap % 3 * a.tap_strides[1];
+      lay_out_cell(a, i / a.channels, i % a.channels, kChannelsAtOnce, offset, taps[tap]);
+    }
+    for (std::int64_t at = 0; at < kChannelsAtOnce * kPanel; at += kLanes) {
+      Lanes g[9];
+      for (int tap = 0; tap < 9; ++tap) {
+        g[tap] = lanes(taps[tap] + at);
+      }
+      put_transformed(g, a.result + i * kPanel + at, point_stride);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace lrpfast
