@@ -1,9 +1,9 @@
-// A convolution for few places, straight from its weight: one image, of a layer with many channels. Its time is that of reading the
-// weight, so panels of filters are laid out as they are multiplied, and never stand in memory; threads share filters, not places, so
-// that each reads its own. Any window, stride, padding and dilation, and the transpose of each.
+// A convolution for few places, straight from its weight: one image, of a layer with many channels. Panels of filters are laid out as
+// they are multiplied, and never stand in memory; threads share filters, not places, so that each reads its own. Any window, stride,
+// padding and dilation, and the transpose of each.
 //
-// It is a sum over taps of products of matrices. A tap's rows are gathered: those that lie in the padding are zero. Of a transpose with
-// a stride, the places that meet the same taps are worked on together (a phase), so that no product is with zeros between values.
+// It is a sum over taps of products of matrices. A tap's rows are gathered: those that lie in the padding are zero. Of a transpose
+// with a stride, the places that meet the same taps are worked on together (a phase), so that no product is with zeros between values.
 #pragma once
 
 #include "epilogue_cpu.h"
@@ -14,8 +14,7 @@ namespace {
 
 constexpr int kMostWindow = 64;  // taps
 
-// Channels that are worked on at a time, for all taps: a panel's weight then stays in the first-level cache, or near it, and the rows
-// of all places in the second.
+// Channels that are worked on at a time: a tap's panel then stays in the first-level cache, the rows of all taps in the second.
 inline std::int64_t depth_at_once(const ConvolutionArguments& a) { return a.kernel[0] * a.kernel[1] == 1 ? 256 : 64; }
 
 // The places (first[i] + n * step[i]) of the result: those of one phase.
@@ -25,7 +24,8 @@ struct Phase {
   std::int64_t at(int axis, std::int64_t n) const { return first[axis] + n * step[axis]; }
 };
 
-// The place of the input that a tap takes to a place of the result, along an axis; -1: none. The tap is one that the place's phase meets.
+// The place of the input that a tap takes to a place of the result, along an axis; -1: none. The tap is one that the place's
+// phase meets.
 inline std::int64_t input_place(const ConvolutionArguments& a, int axis, std::int64_t place, std::int64_t tap) {
   if (!a.transposed) {
     const std::int64_t at = place * a.stride[axis] + tap * a.dilation[axis] - a.padding[axis];
@@ -73,8 +73,8 @@ struct MetTaps {
   }
 };
 
-// Asks for a panel's weight, some lines at a time, while the one before is multiplied: its pieces lie in pages of their own, where the
-// processor's prefetching stops.
+// Asks for a panel's weight, some lines at a time, while the one before is multiplied: its pieces lie in pages of their own, where
+// the processor's prefetching stops.
 class WeightFetch {
  public:
   WeightFetch(const ConvolutionArguments& a, const MetTaps& taps, std::int64_t panel, std::int64_t channel,
@@ -89,7 +89,8 @@ class WeightFetch {
     const std::int64_t inner = by_channel ? w.filter_stride : w.channel_stride;
     at_ = w.given + panel * kPanel * w.filter_stride + channel * w.channel_stride;
     step_ = by_channel ? w.channel_stride : w.filter_stride;
-    taps_a_piece_ = inner > 1 ? 1 : taps.count;  // else they lie within it
+    within_ = inner > 1;
+    taps_a_piece_ = within_ ? 1 : taps.count;
     left_ = by_channel ? depth : filters;
     size_ = (by_channel ? filters : depth) * inner;
     const std::int64_t lines = left_ * taps_a_piece_ * ((size_ + kLine - 1) / kLine);
@@ -116,11 +117,12 @@ class WeightFetch {
   }
 
  private:
-  const float* first_line() const { return at_ + (taps_a_piece_ > 1 ? taps_.offset[tap_] : 0); }
+  const float* first_line() const { return within_ ? at_ : at_ + taps_.offset[tap_]; }
 
   const MetTaps& taps_;
   const float *at_ = nullptr, *line_ = nullptr, *end_ = nullptr;
   std::int64_t step_ = 0, left_ = 0, size_ = 0, a_time_ = 0, taps_a_piece_ = 1, tap_ = 0;
+  bool within_ = false;  // the taps lie within a piece, not in pieces of their own
 };
 
 // The sums of one panel, at `count` places of a phase from `first` on.
@@ -141,31 +143,22 @@ void finish_places(const ConvolutionArguments& a, const Phase& phase, std::int64
   }
 }
 
-// Adds what `depth` channels from `channel` on give, for one panel, to its sums. Rows lie `stride` apart, those of a tap behind those of
-// the last.
+// Adds what `depth` channels from `channel` on give, for one panel, to its sums. Rows lie `stride` apart, those of a tap behind
+// those of the last.
 void multiply_places(const ConvolutionArguments& a, const MetTaps& taps, std::int64_t panel, std::int64_t channel,
                      std::int64_t depth, const float* rows, std::int64_t stride, std::int64_t count, float* sums,
                      float* laid_out, WeightFetch& fetch) {
   const std::int64_t columns = smaller(kPanel, a.filters - panel * kPanel);
-  const auto sink = [=](std::int64_t row, std::int64_t column, Lanes sum) {
+  const auto add = [=](std::int64_t row, std::int64_t column, Lanes sum) {
     float* at = sums + row * kPanel + column;
-    put(at, channel == 0 ? sum : lanes(static_cast<const float*>(at)) + sum);
+    put(at, lanes(static_cast<const float*>(at)) + sum);
   };
   for (int tap = 0; tap < taps.count; ++tap) {
     for (std::int64_t c = 0; c < depth; c += kChannelsAtOnce) {
       lay_out_cell(a.weight, panel, channel + c, smaller(kChannelsAtOnce, depth - c), taps.offset[tap],
                    laid_out + c * kPanel);
     }
-    const auto added = [=](std::int64_t row, std::int64_t column, Lanes sum) {
-      float* at = sums + row * kPanel + column;
-      put(at, lanes(static_cast<const float*>(at)) + sum);
-    };
-    const float* from = rows + tap * a.block * stride;
-    if (tap == 0) {
-      multiply_panel(count, from, stride, laid_out, depth, columns, sink, fetch);
-    } else {
-      multiply_panel(count, from, stride, laid_out, depth, columns, added, fetch);
-    }
+    multiply_panel(count, rows + tap * a.block * stride, stride, laid_out, depth, columns, add, fetch);
   }
 }
 
@@ -178,9 +171,7 @@ void convolve_phase(const ConvolutionArguments& a, const Phase& phase, std::int6
   float* laid_out = sums + a.block * (end - begin) * kPanel;
   for (std::int64_t first = 0; first < places; first += a.block) {
     const std::int64_t count = smaller(a.block, places - first), blocks = (count + kBlockRows - 1) / kBlockRows;
-    if (taps.count == 0) {
-      std::memset(sums, 0, static_cast<std::size_t>(a.block * (end - begin) * kPanel) * sizeof(float));
-    }
+    std::memset(sums, 0, static_cast<std::size_t>(a.block * (end - begin) * kPanel) * sizeof(float));
     for (std::int64_t channel = 0; channel < a.channels && taps.count > 0; channel += most) {
       const std::int64_t depth = smaller(most, a.channels - channel);
       for (int tap = 0; tap < taps.count; ++tap) {

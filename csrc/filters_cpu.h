@@ -1,5 +1,5 @@
-// Filters as products of matrices take them: panels of kPanel filters, with all that a layer's weight is made of on the way, so that
-// a weight can be laid out at each call and need not stand in memory twice.
+// Filters as products of matrices take them: panels of kPanel filters, with what a layer's weight is derived through done on the way
+// (a batch norm's factor, the positive part), so that a weight can be laid out at each call and need not stand in memory twice.
 #pragma once
 
 #include <utility>
@@ -10,7 +10,6 @@ namespace lrpfast {
 namespace {
 
 constexpr std::int64_t kChannelsAtOnce = 16;  // a cache line of weights, where channels are innermost
-constexpr std::int64_t kFilterAhead = 64;     // in floats; each filter is in a page of its own, where prefetching stops
 
 typedef std::int32_t Indices __attribute__((vector_size(4 * kLanes)));
 

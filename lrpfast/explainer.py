@@ -60,7 +60,7 @@ class Compiled:
 
     def joint(self, seed: Seed) -> Joint:
         if seed not in self._joints:
-            with give_back_large_pieces():
+            with give_back_large_pieces(self.device):
                 self._joints[seed] = transform(self.program, self.rules, seed, self.record)
         return self._joints[seed]
 
@@ -404,7 +404,7 @@ class Explainer:
                     f"the exported program takes inputs of shape {list(node.meta['val'].shape[1:])} a sample, got "
                     f"{list(given.shape[1:])}"
                 )
-        with give_back_large_pieces():
+        with give_back_large_pieces(inputs[0].device):
             program = canonicalise(captured.program, self._precision)
         rules = assign(program, self._composite)
         backend = _backend_on(inputs[0].device, self._backend)

@@ -73,7 +73,7 @@ class Constants(MutableMapping[str, torch.Tensor]):
         return name if name is not None and self._tensors.get(name) is tensor else None
 
     def derive(self, name: str, tensor: torch.Tensor, make: Callable[[], torch.Tensor]) -> None:
-        """Add a constant that is derived. `make` may ask for other constants, and must not hold on to what it gets."""
+        """Add a constant that is derived. `make` asks for other constants by `maker`, and must not hold on to what it gets."""
         self._makers[name] = make
         self._hold(name, tensor)
 
@@ -116,11 +116,12 @@ class Constants(MutableMapping[str, torch.Tensor]):
         return name in self._makers
 
     def maker(self, name: str) -> Callable[[], torch.Tensor]:
-        """How a constant is made, which outlives its name; of one that was given, the tensor."""
-        if name in self._makers:
-            return self._makers[name]
-        given = self[name]
-        return lambda: given
+        """How to get a constant, which outlives its name: a program drops those that no step takes."""
+        if name not in self._makers:
+            given = self[name]
+            return lambda: given
+        make = self._makers[name]
+        return lambda: self[name] if self._makers.get(name) is make else make()
 
     def let_go(self, *names: str) -> None:
         """Drop the derived tensors of these names, of all without any."""

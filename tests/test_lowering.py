@@ -438,6 +438,10 @@ def test_the_latest_derived_constants_are_held(monkeypatch: pytest.MonkeyPatch) 
     assert constants.name_of(constants["given"]) == "given"
     constants.let_go()
     assert constants["given"] is constants["given"] and len(made) == 5
+    make = constants.maker("a")
+    assert make() is constants["a"] and len(made) == 6
+    del constants["a"]  # no step takes it, another constant is made of it
+    assert make()[0] == 0 and len(made) == 7
 
 
 def test_a_weight_said_by_what_it_is_made_of() -> None:

@@ -19,7 +19,7 @@ said = keep_freed_memory()
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE") // 2**20
 before = resident()
-with give_back_large_pieces():
+with give_back_large_pieces(torch.device("cpu")):
     values = [torch.ones(2**24) for _ in range(4)]
     del values
 print(resident() - before)

@@ -83,7 +83,8 @@ class Layer:
 
         def made(source: fx.Node) -> fx.Node:
             hint = f"{source.target}_{'_'.join(map(str, key))}"
-            node = build.derived((*key, source.target), lambda: modify(build.tensor(source)), hint)
+            make = build.constants.maker(source.target)
+            node = build.derived((*key, source.target), lambda: modify(make()), hint)
             if scales is not None and node is not source:
                 build.constants.scale(node.target, source.target, scales)
             return node
@@ -138,9 +139,8 @@ class Layer:
             return self.dgrad(s, first), self.dgrad(s, second)
         build = self.walk.build
         key = ("stacked", first.target, second.target)
-        stacked = build.derived(
-            key, lambda: torch.cat([build.tensor(w) for w in (first, second)], 1), f"{first.target}_stacked"
-        )
+        makers = [build.constants.maker(w.target) for w in (first, second)]
+        stacked = build.derived(key, lambda: torch.cat([make() for make in makers], 1), f"{first.target}_stacked")
         both = self.dgrad(s, stacked)
         dim, count = (1 if self.is_conv else rank(both) - 1), value(first).shape[1]
         first_part = self.walk.call(aten.slice.Tensor, both, dim, 0, count)

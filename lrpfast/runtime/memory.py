@@ -18,6 +18,8 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGEST_INT = 2**31 - 1
 _OLD_LARGEST_THRESHOLD = 2**25  # the most that glibc took before 2.35
@@ -37,9 +39,9 @@ def keep_freed_memory() -> str:
 
 
 @contextmanager
-def give_back_large_pieces() -> Iterator[None]:
-    """While a program is made, give freed memory back at once; afterwards keep it, see `keep_freed_memory`."""
-    if os.environ.get("LRPFAST_KEEP_MEMORY") == "0" or not _is_glibc():
+def give_back_large_pieces(device: torch.device) -> Iterator[None]:
+    """While a program for a CPU is made, give freed memory back at once; afterwards keep it, see `keep_freed_memory`."""
+    if device.type != "cpu" or os.environ.get("LRPFAST_KEEP_MEMORY") == "0" or not _is_glibc():
         yield
         return
     keep_freed_memory()

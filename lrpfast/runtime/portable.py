@@ -80,9 +80,10 @@ def _call(builder: Builder, target: Callable[..., Any], args: tuple, kwargs: dic
     if not nodes or any(n.op != "get_attr" for n in nodes):
         return builder.call(target, *args, **kwargs)
     key = (str(target), str(args), str(kwargs))
+    makers = {n: builder.constants.maker(n.target) for n in nodes}
 
     def compute() -> torch.Tensor:
-        real_args, real_kwargs = fx.map_arg((args, kwargs), builder.tensor)
+        real_args, real_kwargs = fx.map_arg((args, kwargs), lambda n: makers[n]())
         return target(*real_args, **real_kwargs)
 
     return builder.derived(key, compute, f"{nodes[0].target}_folded")
