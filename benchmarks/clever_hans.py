@@ -34,7 +34,7 @@ from lrpfast.screening import discriminant, intervals
 from lrpfast.screening.analysis import analyse_maps, analyse_points
 from lrpfast.screening.findings import is_flagged, strength
 from lrpfast.screening.graph import normalise_maps
-from lrpfast.screening.rank import Group
+from lrpfast.screening.rank import Group, class_score
 from lrpfast.screening.trial import Effect, try_region
 
 METHODS = ("lrp", "loss", "random", "features", "pixels", "gradient_x_input", "integrated_gradients")
@@ -287,7 +287,7 @@ def _score(run: Run, data: Data, found: dict[int, list[Found]]) -> dict[str, obj
     if run.kind not in ("clean", "modes", "everywhere"):
         planted = data.planted[data.labels == run.target]
         own = found[run.target]
-        score = own[0].group.score if own else np.zeros(len(planted))
+        score = class_score([one.group for one in own]) if own else np.zeros(len(planted))
         out |= _image_scores(planted, score)
         out["rank"] = order.index(run.target) + 1 if own else len(order)
         out["f1"] = max((_f1(planted, one.group.members) for one in own), default=0.0)

@@ -26,7 +26,7 @@ from lrpfast.screening.members import (
     sharpen,
     standard_scores,
 )
-from lrpfast.screening.rank import Group, concentration, describe_groups, gap, suspicious_groups
+from lrpfast.screening.rank import Group, class_score, concentration, describe_groups, gap, suspicious_groups
 from lrpfast.screening.trial import cover, elsewhere, try_region
 
 
@@ -165,7 +165,10 @@ class TestGroups:
         np.testing.assert_allclose(group.score, (raw - np.median(raw[2:])) / raw[2:].std(), rtol=1e-5, atol=1e-6)
         in_region = (0.9 - 0.3) / np.std([0.1, 0.3, 0.5])
         assert gap(group.score, members) == pytest.approx(1 - 2 / 3)  # one map halfway, two where the members are
-        assert group.distance == pytest.approx(4 / 3 * math.sqrt(in_region * np.median(group.score[:2])), rel=1e-5)
+        few = 2 / (2 + 2)  # two members
+        assert group.distance == pytest.approx(
+            4 / 3 * few * math.sqrt(in_region * np.median(group.score[:2])), rel=1e-5
+        )
 
     @pytest.mark.parametrize(
         ("others", "expected"),
@@ -178,6 +181,37 @@ class TestGroups:
     def test_a_tail_has_no_gap(self):
         score = np.random.default_rng(0).exponential(size=1000)
         assert gap(score - np.median(score), score > 4) == 0
+
+    def test_many_members_are_farther_than_few_at_the_same_place(self):
+        # The distances would be 100 in both, where the rest has no spread; three may be so by chance, thirty not.
+        points = np.zeros((200, 2))
+        few, many = np.arange(200) < 3, np.arange(200) < 30
+        near, far = (described(np.where(own[:, None], [1.0, 0.0], points), own, (1, 2)) for own in (few, many))
+        assert near.distance / far.distance == pytest.approx((3 / 5 * (2 - 1 / 4)) / (30 / 32 * (2 - 1 / 31)))
+
+    def test_class_score(self):
+        # Ten maps: the second group is half as far as the first, so what is typical of it counts an eighth.
+        def group(distance: float, score: list[float], size: int) -> Group:
+            members = np.arange(10) < size if size > 0 else np.arange(10) >= 10 + size
+            empty = np.zeros((1, 1))
+            return Group(members, 0.5, 0.5, 0.5, distance, empty > 0, empty, np.array(score, dtype=np.float32))
+
+        one = group(20.0, [8.0, 10.0, 12.0, 1.0, 0, 0, 0, 0, 0, 0], 3)
+        other = group(10.0, [0, 0, 0, 0, 0, -1.0, 2.0, 4.0, 8.0, 4.0], -3)
+        expected = [0.8, 1.0, 1.2, 0.1, 0, 0, 2 / 32, 1 / 8, 2 / 8, 1 / 8]
+        np.testing.assert_allclose(class_score([one, other]), expected, atol=1e-7)
+        np.testing.assert_array_equal(class_score([other, one]), class_score([one, other]))
+        np.testing.assert_allclose(class_score([other])[6:], [0.5, 1.0, 2.0, 1.0])
+
+    def test_a_tag_at_two_places_makes_two_groups_and_the_class_score_has_both(self):
+        rng = np.random.default_rng(2)
+        maps = planted(300, 12, side=16, seed=1)
+        maps[12:20, 12:14, 12:14] += 5
+        groups = analyse_maps(maps + rng.normal(0, 0.02, maps.shape)).groups
+        tagged = np.arange(300) < 20
+        assert groups[0].members.sum() == 12
+        assert roc_auc_score(tagged, groups[0].score) < 0.95
+        assert roc_auc_score(tagged, class_score(groups)) == 1.0
 
     def test_deviations_without_a_rest_or_without_spread(self):
         scores, members = np.array([[1.0, 2, 3], [5, 1, 1]]), np.array([[True, True, True], [True, False, False]])

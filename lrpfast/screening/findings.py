@@ -30,7 +30,7 @@ from lrpfast.screening.schema import ClassInfo
 from lrpfast.screening.trial import Effect
 
 # The limits of a flag, chosen on the tuning runs of benchmarks/clever_hans.py: standard deviations, and share of other images.
-FLAG_DISTANCE, FLAG_EFFECT = 13.5, 0.05
+FLAG_DISTANCE, FLAG_EFFECT = 11.0, 0.05
 JSON, CSV = "findings.json", "findings.csv"
 _FORMAT = 2
 _EXAMPLES = 20

@@ -13,7 +13,7 @@ and brought to those that have something in common (`members`) before they are j
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -33,6 +33,8 @@ from lrpfast.screening.members import (
 
 _HALF = 8.0
 _SAME = 0.5  # groups that share so much of their members are one
+_BY_CHANCE = 2  # members: a map or two that resemble another one are in every class, and make any three far from it
+_FALLING = 3  # power of the distance by which a class's groups count for the score of its maps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +54,10 @@ class Group:
         even, towards 1 where it is in one place, the same one in all members.
     distance
         How far the members are from the rest of the class, in standard deviations of the rest: the geometric mean of two
-        distances of medians, of the amount of relevance in `region` and of `score`, times 1 to 2 by the `gap` in `score`. What is
-        rare in a class stands out in one of them and thins out towards the rest; an artefact adds relevance in its place,
-        is unlike all else, and is there or not.
+        distances of medians, of the amount of relevance in `region` and of `score`, times 1 to 2 by the `gap` in `score`, and times
+        k / (k + 2) for k members. What is rare in a class stands out in one of them and thins out towards the rest; an artefact
+        adds relevance in its place, is unlike all else, and is there or not. A few maps can be found that are far from the
+        rest by chance, many cannot.
     region
         bool [H, W]: see `consensus_region`.
     mean
@@ -158,7 +161,7 @@ def describe_groups(
             smallness=1 - float(own.mean()),
             compactness=float(compactness),
             concentration=concentration(mean),
-            distance=float(middles * (1 + gap(score, own))),
+            distance=float(middles * (1 + gap(score, own)) * own.sum() / (own.sum() + _BY_CHANCE)),
             region=region.reshape(size),
             mean=mean.reshape(size).astype(np.float32),
             score=score.astype(np.float32),
@@ -167,6 +170,31 @@ def describe_groups(
             members, alike, means, places, near, scores, strict=True
         )
     ]
+
+
+def class_score(groups: Sequence[Group]) -> np.ndarray:
+    """How suspicious each map of a class is, by all its groups: what moves through an image is found as several, a place each.
+
+    Parameters
+    ----------
+    groups
+        Of the class, some.
+
+    Returns
+    -------
+    numpy.ndarray
+        [n] real: the largest of the groups' scores, each in parts of its own members' median and times the cube of its distance in
+        parts of the farthest one's; 1 for a typical member of the farthest group. By the cube, a group half as far, which chance
+        may have made, hardly counts.
+    """
+    farthest = max(group.distance for group in groups)
+    each = [
+        group.score
+        / max(float(np.median(group.score[group.members])), 1e-12)
+        * (group.distance / max(farthest, 1e-12)) ** _FALLING
+        for group in groups
+    ]
+    return np.max(each, axis=0)
 
 
 def gap(score: np.ndarray, members: np.ndarray) -> float:

@@ -27,6 +27,7 @@ from lrpfast.errors import InputError, LrpfastError
 from lrpfast.files import replacing
 from lrpfast.screening import embed, findings
 from lrpfast.screening.analysis import ClassAnalysis, read_analysis, read_mark
+from lrpfast.screening.rank import class_score
 from lrpfast.screening.sources import Source, reopen
 from lrpfast.screening.spectral import cluster_count
 from lrpfast.screening.store import FOLDER, Store
@@ -192,7 +193,7 @@ def _plot(
     chosen, places = _picture(store.folder, label, analysis, groups)
     first = groups[:, chosen].argmax(axis=0)
     inside = groups[:, chosen].any(axis=0)
-    score = analysis.groups[entries[0]["group"]].score[chosen]
+    score = class_score([analysis.groups[entry["group"]] for entry in entries])[chosen]
     names = {entry.index: entry.name for entry in store.manifest.classes}
     return {
         "label": label,
