@@ -337,6 +337,14 @@ def test_which_dense_steps_read_a_weight_once() -> None:
     assert not any("on the way" in step.operation for step in many.profile(torch.randn(30, 130), repeats=1))
 
 
+def assert_as_good_as_torchs(found: Tensor, model: nn.Module, x: Tensor, how: str | lrpfast.Composite) -> None:
+    """Relevance for class 2 at most twice as far from float64's as that of torch's operators in float32."""
+    exact = lrpfast.explain(copy.deepcopy(model).double(), x.double(), target=2, composite=how).relevance
+    reference = lrpfast.Explainer(model, x, composite=how, backend="torch")(x, target=2).relevance
+    error, of_torch = (torch.linalg.vector_norm(t.double() - exact) for t in (found, reference))
+    assert error <= 2 * of_torch + 2**-22 * torch.linalg.vector_norm(exact)
+
+
 @pytest.mark.parametrize("composite", ["epsilon_plus", "epsilon_gamma_box", "epsilon_alpha2_beta1"])
 @pytest.mark.parametrize("run", [three_by_three, residual], ids=lambda f: f.__name__)
 def test_large_weights_that_are_transformed_at_each_call_give_the_same(
@@ -354,10 +362,7 @@ def test_large_weights_that_are_transformed_at_each_call_give_the_same(
     layers = [arg for step in steps for arg in step.args if isinstance(arg, Winograd)]
     assert all(isinstance(layer.weight, Filters) for layer in layers)
     assert {layer.weight.transposed for layer in layers} == {True, False}  # layers, and transposes
-    exact = lrpfast.explain(copy.deepcopy(model).double(), x.double(), target=2, composite=how)
-    reference = lrpfast.Explainer(model, x, composite=how, backend="torch")(x, target=2)
-    error, of_torch = (torch.linalg.vector_norm(t.relevance.double() - exact.relevance) for t in (found, reference))
-    assert error <= 2 * of_torch + 2**-22 * torch.linalg.vector_norm(exact.relevance)
+    assert_as_good_as_torchs(found.relevance, model, x, how)
 
 
 class Folded(nn.Module):
@@ -399,10 +404,7 @@ def test_one_image_is_explained_straight_from_large_weights(
     assert {layer.weight.transposed for layer in layers} == {True, False}
     own = {p.data_ptr() for p in model.parameters()}
     assert all(layer.weight.weight.data_ptr() in own for layer in layers)  # nothing is derived but on the way
-    exact = lrpfast.explain(copy.deepcopy(model).double(), x.double(), target=2, composite=how)
-    reference = lrpfast.Explainer(model, x, composite=how, backend="torch")(x, target=2)
-    error, of_torch = (torch.linalg.vector_norm(t.relevance.double() - exact.relevance) for t in (found, reference))
-    assert error <= 2 * of_torch + 2**-22 * torch.linalg.vector_norm(exact.relevance)
+    assert_as_good_as_torchs(found.relevance, model, x, how)
     with torch.no_grad():
         model.first.weight *= -1  # the next call must not take the old one, nor half of it
     again, fresh = explainer(x, target=2), lrpfast.explain(model, x, target=2, composite=how)

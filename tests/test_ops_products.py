@@ -75,6 +75,11 @@ def test_winograd(sizes: tuple, bias: bool, relu: bool) -> None:
     for lies in (torch.contiguous_format, torch.channels_last):
         laid_out.append(Winograd(Filters(weight.contiguous(memory_format=lies)), padding))
         laid_out.append(Winograd(Filters(turned.contiguous(memory_format=lies), transposed=True), padding))
+        # Factors that divide without rounding, a filter each: of the transpose's layer they are its channels'.
+        factors, of_channels = (torch.tensor([0.5, -2.0, 4.0, -1.0])[torch.arange(n) % 4] for n in weight.shape[:2])
+        folded = Filters.of((weight / factors[:, None, None, None]).contiguous(memory_format=lies), factors)
+        back = Filters.of((turned / of_channels[:, None, None, None]).contiguous(memory_format=lies), of_channels)
+        laid_out += [Winograd(f, padding) for f in (folded, dataclasses.replace(back, transposed=True))]
     for layer in laid_out:
         found = products.convolution(layer, x, shift, RELU if relu else None)
         assert found.is_contiguous(memory_format=torch.channels_last)
@@ -173,6 +178,36 @@ def test_pointwise(sizes: tuple, bias: bool, relu: bool, by_sign: bool) -> None:
     )
 
 
+Windows = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # stride, padding, dilation
+
+
+def forward(x: Tensor, weight: Tensor, shift: Tensor | None, how: Windows, groups: int, clamp: tuple | None) -> Tensor:
+    """torch's layer in the dtype of `x`."""
+    total = F.conv2d(x, weight.to(x.dtype), None if shift is None else shift.to(x.dtype), *how, groups)
+    return total if clamp is None else total.clamp(*clamp)
+
+
+def transpose(s: Tensor, like: Tensor, weight: Tensor, how: Windows, groups: int) -> Tensor:
+    """The layer's transpose, by autograd."""
+    probe = torch.zeros(like.shape, dtype=s.dtype, requires_grad=True)
+    return torch.autograd.grad((F.conv2d(probe, weight.to(s.dtype), None, *how, groups) * s).sum(), probe)[0]
+
+
+def assert_both_ways(
+    layer: products.Product, back: products.Product, x: Tensor, weight: Tensor, shift: Tensor | None, how: Windows,
+    groups: int, clamp: tuple | None,
+) -> None:  # fmt: skip
+    """A layer and its transpose against float64."""
+    exact = forward(x.double(), weight, shift, how, groups, clamp)
+    squares = squared(x, weight, *how, groups)
+    found = products.convolution(layer, x, shift, clamp)
+    assert_as_exact(found, forward(x, weight, shift, how, groups, clamp), exact, squares)
+    s = images(*exact.shape, seed=3)
+    of_s, of_double = (transpose(t, x, weight, how, groups) for t in (s, s.double()))
+    of_squares = transpose(s.double() ** 2, x, weight.double() ** 2, how, groups)
+    assert_as_exact(products.convolution(back, s, None), of_s, of_double, of_squares)
+
+
 windows = st.tuples(
     st.integers(1, 8), st.integers(1, 3), st.integers(0, 4), st.integers(1, 2)
 )  # kernel, stride, padding, dilation
@@ -192,26 +227,9 @@ def test_depthwise_and_its_transpose(
     weight = draw(channels, 1, *kernel, seed=1)
     assert Depthwise.fits(weight.shape, channels)
     shift = draw(channels, seed=2) if bias else None
-    how = (stride, padding, dilation, channels)
-
-    def layer(x: Tensor, dtype: torch.dtype) -> Tensor:
-        total = F.conv2d(x.to(dtype), weight.to(dtype), None if shift is None else shift.to(dtype), *how)
-        return total if clamp is None else total.clamp(*clamp)
-
-    x = images(batch, channels, *size)
-    found = products.convolution(Depthwise.of(weight, stride, padding, dilation), x, shift, clamp)
-    exact = layer(x, torch.float64)
-    assert_as_exact(found, layer(x, torch.float32), exact, squared(x, weight, *how))
-
-    def transpose(s: Tensor, power: int = 1) -> Tensor:
-        """By autograd."""
-        probe = torch.zeros(x.shape, dtype=s.dtype, requires_grad=True)
-        weighted = (F.conv2d(probe, weight.to(s.dtype) ** power, None, *how) * s).sum()
-        return torch.autograd.grad(weighted, probe)[0]
-
-    s = images(*exact.shape, seed=3)
-    back = products.convolution(Depthwise.of(weight, stride, padding, dilation, size), s, None)
-    assert_as_exact(back, transpose(s), transpose(s.double()), transpose(s.double() ** 2, 2))
+    layer, back = (Depthwise.of(weight, stride, padding, dilation, to) for to in (None, size))
+    how = (stride, padding, dilation)
+    assert_both_ways(layer, back, images(batch, channels, *size), weight, shift, how, channels, clamp)
 
 
 def test_depthwise_takes_what_it_fits_alone() -> None:
@@ -252,25 +270,8 @@ def test_direct_and_its_transpose(
     assert Direct.fits(given.shape, 1)
     shift = draw(filters, seed=2) if bias else None
     how = (stride, padding, dilation)
-
-    def layer(x: Tensor, dtype: torch.dtype) -> Tensor:
-        total = F.conv2d(x.to(dtype), weight.to(dtype), None if shift is None else shift.to(dtype), *how)
-        return total if clamp is None else total.clamp(*clamp)
-
-    x = images(batch, channels, *size)
-    found = products.convolution(Direct(made, *how), x, shift, clamp)
-    exact = layer(x, torch.float64)
-    assert_as_exact(found, layer(x, torch.float32), exact, squared(x, weight, *how))
-
-    def transpose(s: Tensor, power: int = 1) -> Tensor:
-        """By autograd."""
-        probe = torch.zeros(x.shape, dtype=s.dtype, requires_grad=True)
-        weighted = (F.conv2d(probe, weight.to(s.dtype) ** power, None, *how) * s).sum()
-        return torch.autograd.grad(weighted, probe)[0]
-
-    s = images(*exact.shape, seed=3)
-    back = products.convolution(Direct(dataclasses.replace(made, transposed=True), *how, size), s, None)
-    assert_as_exact(back, transpose(s), transpose(s.double()), transpose(s.double() ** 2, 2))
+    layer, back = Direct(made, *how), Direct(dataclasses.replace(made, transposed=True), *how, size)
+    assert_both_ways(layer, back, images(batch, channels, *size), weight, shift, how, 1, clamp)
 
 
 def test_direct_takes_what_it_fits_alone() -> None:

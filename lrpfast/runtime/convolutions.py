@@ -231,7 +231,8 @@ class Convolutions:
             return t if is_forward else flipped_weight(t, 1)
 
         kind = f"{'' if is_forward else 'flipped '}{stride} {padding}"
-        if Winograd.fits(shape, sizes, stride, padding, dilation, groups) and self._has_tiles(sizes, at_call):
+        too_few = at_call and self._tiles(sizes) < _TILES_FOR_ONE  # to be worth transforming a weight
+        if Winograd.fits(shape, sizes, stride, padding, dilation, groups) and not too_few:
             if at_call or self._transforms_at_call(shape, sizes):
                 return _OWN[Winograd], lambda: Winograd(self._filters(weight, not is_forward), tuple(padding))
             make = functools.partial(
@@ -250,10 +251,6 @@ class Convolutions:
     def _tiles(self, size: list[int]) -> int:
         """Winograd's, of a batch."""
         return self.batch * math.prod(-(-n // 2) for n in size)
-
-    def _has_tiles(self, size: list[int], at_call: bool) -> bool:
-        """Whether there are tiles enough that a weight made at each call is worth transforming."""
-        return not at_call or self._tiles(size) >= _TILES_FOR_ONE
 
     def _transforms_at_call(self, weight_shape: tuple[int, ...], size: list[int]) -> bool:
         """Whether a layer has weights large enough, and tiles enough to spread the time over, to transform them at each call."""
