@@ -165,6 +165,23 @@ class TestProcess:
         screen("--shard-size", 5)
         assert len(rows(folder / "out")["sample"]) == 180
 
+    def test_interrupted_while_it_takes_a_batch(self, folder):
+        """The decoding process meets the end of the connection by which it hands a tensor over."""
+        cut = (
+            "from multiprocessing import connection\n"
+            "def interrupted(*args):\n"
+            "    raise KeyboardInterrupt\n"
+            "connection.answer_challenge = interrupted\n"
+            "from lrpfast.cli import main\nmain(prog_name='lrpfast')"
+        )
+        _, _, _, *words = command("data", "out", "--shard-size", 5, "--workers", 1)
+        done = subprocess.run(
+            [sys.executable, "-c", cut, *words],
+            cwd=folder, env=environment(), capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 130 and "lrpfast: interrupted" in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
+
     def test_on_a_terminal_there_is_a_bar(self, folder):
         pictures(folder / "data", 30)
         (folder / "data" / "cat" / "00.png").write_bytes(b"no image")

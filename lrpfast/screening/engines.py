@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,7 @@ def local(work: Work) -> Generator[Done, None, None]:
         prefetch_factor=_AHEAD if workers else None,
         collate_fn=_as_it_is,
         pin_memory=on_gpu,
+        worker_init_fn=_silent_when_cut_off,
     )
     yield _READY
     began = time.perf_counter()
@@ -140,6 +142,20 @@ def telling_of_lost_workers() -> Iterator[None]:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _silent_when_cut_off(_: int) -> None:
+    """Let a process that decodes be silent where the explaining one is interrupted, which ends it and says so itself.
+
+    Tensors are handed over by a thread of Python's, which prints a traceback where the other side goes away in the middle.
+    """
+    tell = sys.excepthook
+
+    def tell_unless_cut_off(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+        if not isinstance(error, (EOFError, ConnectionError)):
+            tell(kind, error, where)
+
+    sys.excepthook = tell_unless_cut_off
 
 
 def _decoders(on_gpu: bool) -> int:
