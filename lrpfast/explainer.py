@@ -133,7 +133,9 @@ class Explainer:
         "auto": the fastest operators for the inputs' device; "torch": pure-torch reference operators; "native": those compiled for
         CPUs; "triton": those for NVIDIA GPUs.
     record
-        Names of modules (globs) whose relevance is returned as well: that of the value which leaves the module.
+        Names of modules (globs) whose relevance is returned as well: that of the value which leaves the module. "@features": that
+        of the channels [N, C] which the last dense layer or convolution reads, summed over positions (concept relevance,
+        Achtibat et al. 2023).
     autotune
         Whether kernels are chosen on a CPU by timing them when a program is made, which takes some seconds where this machine has
         not timed the shapes before; choices are kept on disk (``LRPFAST_CACHE_DIR``) and shown by `plan`. All choices give

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lrpfast
+from lrpfast import errors
 from tests.oracles.agree import as_tuple, make_seed, to_composite
 from tests.oracles.network import Net, distance, explain
 from tests.oracles.specs import EPSILON, FLAT, GAMMA, ZPLUS, Spec
@@ -390,3 +391,55 @@ def test_recorded_layers_match_the_oracle():
         oracle = expected.nodes["a" if name == "a_bn" else name]
         assert distance(found.layers[f"layers.{name}"], oracle) <= 1e-9, name
     assert distance(found.relevance, expected.relevance[0]) <= 1e-9
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_last_features_match_the_oracle(backend):
+    """R of each channel that the last layer reads: at the pool before it is flattened, summed over positions."""
+    net = Net()
+    h = net.relu(net.layer("a", nn.Conv2d(2, 4, 3), net.input()))
+    h = net.relu(net.layer("b", nn.Conv2d(4, 5, 3, padding=1), h))
+    h = net.op("route", lambda v: v.flatten(1), h)
+    net.layer("head", nn.Linear(5 * 9, 3), h)
+    net.double().eval()
+    seed = make_seed(net, [X])
+    rules = {"conv": ZPLUS, "linear": EPSILON, "a": FLAT}
+    expected = explain(net, rules, [X], seed)
+    explainer = lrpfast.Explainer(net, X, to_composite(net, rules), backend=backend, record=["@features", "layers.b"])
+    found = explainer(X, target=seed).layers
+    assert found["@features"].shape == (len(X), 5)
+    # At the value that leaves `b`: the ReLU behind it passes relevance on as it is.
+    assert distance(found["@features"], expected.nodes["b"].sum((2, 3))) <= 1e-9
+
+
+class Tokens(nn.Module):
+    """Logits of each token, averaged."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, 6), nn.Linear(6, 3, bias=False)
+
+    def forward(self, x):
+        return self.head(self.embed(x).relu()).mean(1)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "inner", "places"),
+    [
+        (Tokens(), (3, 5, 4), "embed", 1),
+        (nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), (2, 2, 6, 6),
+         "0", (2, 3)),
+    ],
+    ids=["tokens", "convolution"],
+)  # fmt: skip
+def test_last_features_are_those_of_the_layer_before(model, shape, inner, places):
+    """A ReLU is between, which passes relevance on as it is; the last layer reads tokens, or is a convolution."""
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = lrpfast.Explainer(model.double().eval(), x, "epsilon", record=["@features", inner])(x, target=1).layers
+    assert found["@features"].shape == (shape[0], 6 if inner == "embed" else 4)
+    assert distance(found["@features"], found[inner].sum(places)) <= 1e-12
+
+
+def test_a_model_without_a_last_layer_has_no_features():
+    with pytest.raises(errors.InputError, match="@features.*the model has none"):
+        lrpfast.Explainer(nn.Sequential(nn.ReLU(), nn.Flatten()), torch.rand(2, 1, 3, 3), record=["@features"])

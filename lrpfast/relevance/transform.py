@@ -13,12 +13,15 @@ import lrpfast.ops  # noqa: F401  declares torch.ops.lrpfast
 from lrpfast.assign import Assignment
 from lrpfast.errors import InputError, UnsupportedOperationError
 from lrpfast.facts import Facts, depends_on_input, prove
-from lrpfast.graph import Builder, Program, describe, is_tensor, rank, value
+from lrpfast.graph import Builder, Program, describe, is_tensor, operation_name, rank, value
+from lrpfast.kinds import kinds_of
 from lrpfast.ops import transposes  # noqa: F401  declares the transposes
 from lrpfast.relevance import affine, attention, elementwise, normalisation, pooling, routing  # noqa: F401  register
 from lrpfast.relevance.walk import Message, OneHot, Walk, propagator
 
 aten = torch.ops.aten
+
+FEATURES = "@features"  # among the names to record; no module can be called so
 
 
 class Seed(enum.Enum):
@@ -79,6 +82,8 @@ def transform(
     recorded = _recorded_values(order, output, record)
     walk.send(output, _seed(walk, output, seed, inputs[-1]))
     relevance, layers = _run(walk, order, inputs, recorded)
+    if FEATURES in layers:
+        layers[FEATURES] = _by_channel(walk, layers[FEATURES], _last_features(order)[1])
     results = [output, *(relevance[i] for i in inputs), *(layers[name] for name in recorded)]
     build.graph.output(tuple(results))
     build.graph.eliminate_dead_code()
@@ -156,16 +161,38 @@ def _total(walk: Walk, node: fx.Node, message: Message | None) -> fx.Node:
 
 
 def _recorded_values(order: list[fx.Node], output: fx.Node, record: tuple[str, ...]) -> dict[str, fx.Node]:
-    """The value that leaves each module named in `record`."""
+    """The value that leaves each module named in `record`; for `FEATURES` what the last layer reads."""
     leaving = _leaving_values(order, output) if record else {}
     result: dict[str, fx.Node] = {}
     for pattern in record:
+        if pattern == FEATURES:
+            result[FEATURES], _ = _last_features(order)
+            continue
         names = [n for n in leaving if fnmatchcase(n, pattern) or fnmatchcase(n.split("@")[0], pattern)]
         if not names:
             listed = ", ".join(list(leaving)[:12]) + (", ..." if len(leaving) > 12 else "")
             raise InputError(f"record: {pattern!r} fits no layer of the model; its layers: {listed}")
         result.update({n: leaving[n] for n in names})
     return result
+
+
+def _last_features(order: list[fx.Node]) -> tuple[fx.Node, int]:
+    """What the last dense layer or convolution reads, as it was before it was flattened, and its dimension of channels."""
+    layers = [node for node in order if {"linear", "conv"} & {*kinds_of(node)}]
+    if not layers:
+        raise InputError(
+            f"record: {FEATURES!r} is what the last dense layer reads; the model has none, and no convolution"
+        )
+    read = found = layers[-1].args[0]
+    while operation_name(found) == "reshape":
+        found = found.args[0]
+    return found, rank(found) - 1 if found is read and kinds_of(layers[-1]) == ("linear",) else 1
+
+
+def _by_channel(walk: Walk, relevance: fx.Node, channel: int) -> fx.Node:
+    """[N, C]: what belongs to each channel, wherever it is."""
+    places = [dim for dim in range(1, rank(relevance)) if dim != channel]
+    return walk.call(aten.sum.dim_IntList, relevance, places) if places else relevance
 
 
 def _leaving_values(order: list[fx.Node], output: fx.Node) -> dict[str, fx.Node]:
