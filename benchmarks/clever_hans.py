@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import lrpfast
 from benchmarks import clever_hans_data as source
 from benchmarks.clever_hans_data import CONTROLS, Data, Task
+from lrpfast.explanation import FEATURES
 from lrpfast.files import make_folder, replacing
 from lrpfast.screening import discriminant, intervals
 from lrpfast.screening.analysis import analyse_maps, analyse_points
@@ -137,15 +138,24 @@ def pooled(values: np.ndarray) -> np.ndarray:
     return values.reshape(count, CELLS, height // CELLS, CELLS, width // CELLS).mean((2, 4))
 
 
-def explain(model: nn.Module, data: Data, method: str) -> np.ndarray:
-    """Maps [N, CELLS, CELLS] of each image for its label, by lrp, gradient_x_input or integrated_gradients (8 steps)."""
+def explain(model: nn.Module, data: Data) -> tuple[np.ndarray, np.ndarray]:
+    """LRP's maps [N, CELLS, CELLS] of each image for its label, and the relevance of the last features [N, 64]."""
     images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
-    explainer = lrpfast.Explainer(model, images[:2], autotune=False) if method == "lrp" else None
+    explainer = lrpfast.Explainer(model, images[:2], autotune=False, record=(FEATURES,))
+    maps, inner = [], []
+    for batch, label in zip(images.split(128), labels.split(128), strict=True):
+        found = explainer(batch, target=label)
+        maps.append(pooled(found.heatmap().numpy()))
+        inner.append(found.layers[FEATURES].numpy())
+    return np.concatenate(maps), np.concatenate(inner)
+
+
+def attribute(model: nn.Module, data: Data, method: str) -> np.ndarray:
+    """Maps [N, CELLS, CELLS] of each image for its label, by gradient_x_input or integrated_gradients (8 steps)."""
+    images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
     parts = []
     for batch, label in zip(images.split(128), labels.split(128), strict=True):
-        if explainer is not None:
-            found = explainer(batch, target=label).heatmap()
-        elif method == "gradient_x_input":
+        if method == "gradient_x_input":
             found = (batch * _gradient(model, batch, label)).sum(1)
         else:
             steps = [(step + 0.5) / 8 for step in range(8)]
@@ -177,15 +187,22 @@ class Found:
 
 
 def screen_class(
-    model: nn.Module, data: Data, label: int, points: np.ndarray, maps: np.ndarray | None, others: Tensor
+    model: nn.Module,
+    data: Data,
+    label: int,
+    points: np.ndarray,
+    maps: np.ndarray | None,
+    others: Tensor,
+    features: np.ndarray | None = None,
 ) -> list[Found]:
     """Cluster the images of a class and try the most suspicious clusters; the best first.
 
-    `points` [n, ...] are clustered, and members told by them. `maps` [n, CELLS, CELLS] say where; None: the points are the maps.
+    `points` [n, ...] are clustered, and members told by them. `maps` [n, CELLS, CELLS] say where; None: the points are the maps,
+    beside which members may be told by `features` [n, C].
     """
     own = data.images[data.labels == label]
     if maps is None:
-        analysis = analyse_maps(points)
+        analysis = analyse_maps(points, features=features)
     else:
         evidence = blurred_channels(points) if points.ndim == 4 else points.astype(np.float64)
         analysis = analyse_points(normalise_maps(points), evidence, discriminant.amounts(maps))
@@ -249,8 +266,8 @@ def _one_method(run: Run, model: nn.Module, data: Data, predicted: np.ndarray, m
         maps = _deviation(small, data.labels)
         points = small if method == "pixels" else features(model, data)[0]
         return _score(run, data, _screen(model, source.TASKS[run.task], data, predicted, points, maps))
-    points = explain(model, data, method)
-    return _score(run, data, _screen(model, source.TASKS[run.task], data, predicted, points, None))
+    points, inner = explain(model, data) if method == "lrp" else (attribute(model, data, method), None)
+    return _score(run, data, _screen(model, source.TASKS[run.task], data, predicted, points, None, inner))
 
 
 def _deviation(pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -263,7 +280,13 @@ def _deviation(pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _screen(
-    model: nn.Module, task: Task, data: Data, predicted: np.ndarray, points: np.ndarray, maps: np.ndarray | None
+    model: nn.Module,
+    task: Task,
+    data: Data,
+    predicted: np.ndarray,
+    points: np.ndarray,
+    maps: np.ndarray | None,
+    inner: np.ndarray | None = None,
 ) -> dict[int, list[Found]]:
     rng = np.random.default_rng(0)
     found = {}
@@ -271,7 +294,8 @@ def _screen(
         others = np.flatnonzero((data.labels != label) & (predicted != label))
         recipients = torch.from_numpy(data.images[rng.permutation(others)[:_RECIPIENTS]])
         own = data.labels == label
-        found[label] = screen_class(model, data, label, points[own], None if maps is None else maps[own], recipients)
+        where, told = (None if values is None else values[own] for values in (maps, inner))
+        found[label] = screen_class(model, data, label, points[own], where, recipients, told)
     return found
 
 

@@ -73,6 +73,8 @@ def write_shards(folder: Path, classes: int) -> None:
             "target_logit": np.ones(count, dtype=np.float32),
             "map": half[own],
             "scale": scale[own],
+            "features": np.zeros((count, 0), dtype=np.float16),
+            "features_scale": np.ones(count, dtype=np.float32),
             "conservation": np.ones(count, dtype=np.float32),
             "reason": [""] * count,
         }

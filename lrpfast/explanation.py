@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+FEATURES = "@features"  # among the names to record: what the last layer reads, by channel; no module can be called so
+
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
@@ -23,7 +25,7 @@ class Explanation:
         Class indices as resolved, int64 ``[N]`` or ``[N, K]``; for a target that was itself the relevance at the output,
         that tensor.
     layers
-        Relevance at the recorded layers, by the name of the module that the value leaves.
+        Relevance at the recorded layers, by the name of the module that the value leaves; of the last features by `FEATURES`.
     output_relevance
         The relevance at the output that was propagated, summed a sample: ``[N]`` or ``[N, K]``.
     """

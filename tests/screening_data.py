@@ -61,10 +61,9 @@ def pictures(root: Path, count: int) -> Path:
 def rows(folder: Path) -> dict[str, np.ndarray]:
     """All rows of a screening, by the order of its shards, and `relevance`, the maps as they were."""
     found = pq.read_table(sorted((folder / "shards").glob("*.parquet")))
-    columns = {
-        name: found[name].to_numpy() for name in found.column_names if name not in ("map", "top5_class", "top5_logit")
-    }
-    for name in ("map", "top5_class", "top5_logit"):
+    lists = ("map", "features", "top5_class", "top5_logit")
+    columns = {name: found[name].to_numpy() for name in found.column_names if name not in lists}
+    for name in lists:
         columns[name] = np.stack(found[name].to_numpy()) if found.num_rows else np.empty((0, 1))
     columns["relevance"] = from_half(columns["map"], columns["scale"])
     return columns

@@ -2,7 +2,8 @@
 
 Two classes of images 32 x 32, bright on the left and bright on the right. A "model" adds up the two halves, and takes a bright
 tag in the upper left corner for class 1. Maps are what an exact explanation would give, with noise: relevance where the object is,
-and, in the tagged images of class 1, mostly on the tag.
+and, in the tagged images of class 1, mostly on the tag. Some images of class 0 have relevance in a feature that no other has; their
+maps look like all others.
 """
 
 from __future__ import annotations
@@ -85,6 +86,17 @@ def heatmaps(source: Planted) -> np.ndarray:
     return maps
 
 
+def is_tinted(index: int) -> bool:
+    return index % 2 == 0 and 40 <= index < 60
+
+
+def features(count: int) -> np.ndarray:
+    """[N, 6] float32: the relevance of the last features."""
+    found = np.random.default_rng(2).uniform(0, 1, (count, 6))
+    found[[is_tinted(index) for index in range(count)], 4] += 4
+    return found.astype(np.float32)
+
+
 def screening(folder: Path, source: Planted, shard_size: int = 25, skipped: tuple[int, ...] = ()) -> Path:
     """Write the shards of a screening of `source`."""
     manifest = Manifest(
@@ -104,6 +116,7 @@ def screening(folder: Path, source: Planted, shard_size: int = 25, skipped: tupl
         logits = model(images).numpy()
         labels = np.array([source.label(index) for index in range(len(source))], dtype=np.int32)
         half, scale = schema.to_half(maps)
+        inner, inner_scale = schema.to_half(features(len(source)))
         order = np.argsort(-logits, axis=1)
         top_class = np.pad(order, ((0, 0), (0, 3)), constant_values=-1).astype(np.int32)
         top_logit = np.pad(np.take_along_axis(logits, order, 1), ((0, 0), (0, 3)), constant_values=np.nan)
@@ -124,6 +137,8 @@ def screening(folder: Path, source: Planted, shard_size: int = 25, skipped: tupl
                     "target_logit": logits[own, labels[own]],
                     "map": half[own],
                     "scale": scale[own],
+                    "features": inner[own],
+                    "features_scale": inner_scale[own],
                     "conservation": np.ones(len(own), dtype=np.float32),
                     "reason": ["unreadable" if index in skipped else "" for index in own.tolist()],
                 },

@@ -15,7 +15,8 @@ from lrpfast.errors import InputError, NumericsError, ScreeningError
 from lrpfast.screening import analysis, findings, manifest, store, verification
 from lrpfast.screening.analysis import class_path, read_analysis
 from lrpfast.screening.store import Store
-from tests.screening_planted import CELLS, Planted, heatmaps, model, screening
+from tests import screening_planted
+from tests.screening_planted import CELLS, Planted, features, heatmaps, is_tinted, model, screening
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,20 @@ class TestStore:
             assert own.maps.shape == (60, CELLS, CELLS)
             np.testing.assert_allclose(own.maps, expected[label::2], atol=np.abs(expected).max() * 1e-3)
             assert (own.labels == label).all()
+            np.testing.assert_allclose(found.features(label), features(120)[label::2], rtol=1e-3, atol=1e-3)
+
+    def test_a_shard_with_other_features_is_told(self, folder, tmp_path, monkeypatch, source):
+        monkeypatch.setattr(screening_planted, "features", lambda count: np.ones((count, 5), dtype=np.float32))
+        other = screening(tmp_path / "other", source)
+        shutil.copy(manifest.shard_path(other, 3), manifest.shard_path(folder, 3))
+        with pytest.raises(ScreeningError, match="shard-000003.parquet is damaged: not every sample has 6 values"):
+            Store(folder)
+
+    def test_without_features(self, tmp_path, monkeypatch, source):
+        monkeypatch.setattr(screening_planted, "features", lambda count: np.ones((count, 0), dtype=np.float32))
+        found = Store(screening(tmp_path, source))
+        assert found.features(1).shape == (60, 0)
+        assert Store(tmp_path).maps(1).shape == (60, CELLS, CELLS)
 
     def test_skipped_samples_leave_no_row(self, tmp_path, source):
         found = Store(screening(tmp_path, source, skipped=(3, 40)))
@@ -66,12 +81,16 @@ class TestStore:
 
     def test_the_sorted_files_are_taken_again_and_made_again_where_damaged(self, folder):
         before = Store(folder).maps(1)
-        maps = folder / "analysis" / "maps.f16"
+        maps, inner = folder / "analysis" / "maps.f16", folder / "analysis" / "features.f16"
         stamp = maps.stat().st_mtime_ns
         Store(folder)
         assert maps.stat().st_mtime_ns == stamp
         maps.write_bytes(maps.read_bytes()[:100])
         np.testing.assert_array_equal(Store(folder).maps(1), before)
+        whole = inner.read_bytes()
+        inner.write_bytes(whole[:-2])
+        Store(folder)
+        assert inner.read_bytes() == whole
 
     def test_small_batches_write_the_same(self, folder, monkeypatch):
         before = Store(folder).maps(0)
@@ -106,7 +125,7 @@ class TestStore:
 class TestAnalyse:
     def test_results_are_read_as_they_were_written(self, done, source):
         for label in (0, 1):
-            expected = analysis.analyse_maps(Store(done).maps(label))
+            expected = analysis.analyse_maps(Store(done).maps(label), features=Store(done).features(label))
             found = read_analysis(done, label)
             np.testing.assert_array_equal(found.clusters, expected.clusters)
             np.testing.assert_array_equal(found.embedding, expected.embedding)
@@ -114,6 +133,7 @@ class TestAnalyse:
             for one, other in zip(found.groups, expected.groups, strict=True):
                 np.testing.assert_array_equal(one.members, other.members)
                 assert one.suspicion == other.suspicion
+                assert one.by_features is other.by_features
 
     def test_classes_that_are_done_are_kept_and_others_made(self, folder):
         calls: list[tuple[int, int]] = []
@@ -137,6 +157,19 @@ class TestAnalyse:
         lrpfast.screening.analyse(folder, processes=2)
         for label in (0, 1):
             np.testing.assert_array_equal(read_analysis(folder, label).clusters, read_analysis(done, label).clusters)
+
+    def test_what_no_map_shows_is_told_by_features(self, done):
+        # It lies farther than any group of maps, so it comes first.
+        group, *others = read_analysis(done, 0).groups
+        assert group.by_features and not any(other.by_features and other.distance > 8 for other in others)
+        sample = Store(done).columns(0)["sample"].to_numpy()
+        assert sorted(sample[group.members]) == [index for index in range(120) if is_tinted(index)]
+        without = analysis.analyse_maps(Store(done).maps(0)).groups
+        assert not any(set(sample[found.members]) == set(sample[group.members]) for found in without)
+
+    def test_features_that_are_not_finite(self, done):
+        with pytest.raises(NumericsError, match="the relevance of features holds NaN"):
+            analysis.analyse_maps(Store(done).maps(0), features=np.full((60, 2), np.nan))
 
     def test_a_map_that_is_not_finite_names_its_class(self, folder, monkeypatch):
         monkeypatch.setattr(Store, "maps", lambda self, label: np.full((3, 2, 2), np.nan))
@@ -172,6 +205,9 @@ class TestVerify:
         assert [int(row["rank"]) for row in rows] == [entry["rank"] for entry in entries]
         assert float(rows[0]["moved_low"]) == entries[0]["effect"]["moved"]["low"]
         assert rows[0]["class_name"] == "<b>right</b>"
+        assert [row["told_by"] for row in rows] == [entry["told_by"] for entry in entries]
+        told = {(entry["class"]["index"], entry["size"]): entry["told_by"] for entry in entries}
+        assert told[1, 8] == "maps" and told[0, 10] == "features"
 
     def test_it_goes_on_where_it_was(self, done, tmp_path, source):
         folder = tmp_path / "screen"

@@ -67,6 +67,14 @@ class TestValues:
         heat = expected.relevance.double().sum(1).view(21, 4, 4, 4, 4).sum((2, 4)) / 16
         largest = heat.abs().amax((1, 2)).numpy()[:, None]
         assert (np.abs(found["relevance"] - heat.flatten(1).numpy()) <= 1e-3 * largest).all()
+        # By hand: activation times weight, at the dense layer; the 64 positions of each channel together.
+        weight = model[-1].weight[torch.as_tensor(found["target"]).long()]
+        inner = (model[:-1](inputs) * weight).detach().double()
+        if seed == "one":
+            inner = inner / chosen[:, None]
+        inner = inner.view(21, 4, 64).sum(2).numpy()
+        told = from_half(found["features"], found["features_scale"])
+        assert (np.abs(told - inner) <= 1e-3 * np.abs(inner).max(1, keepdims=True)).all()
         right = float((logits.argmax(1) == labels).float().mean())
         assert (summary.samples, summary.skipped, summary.earlier) == (21, (), 0)
         assert summary.agreement == pytest.approx(right)
@@ -88,7 +96,7 @@ class TestValues:
     def test_manifest_says_what_it_is_of(self, data, tmp_path):
         screen(data, tmp_path, pool=5, target="prediction")
         said = json.loads((tmp_path / "manifest.json").read_text())
-        assert said["format"] == 1 and said["samples"] == 21 and said["shard_size"] == 8
+        assert said["format"] == 2 and said["samples"] == 21 and said["shard_size"] == 8
         assert said["map"] == {"height": 5, "width": 5}
         assert said["classes"] == [{"index": i, "name": name, "word_net_id": None} for i, name in enumerate(CLASSES)]
         assert said["settings"]["data"] == str(data) and said["settings"]["target"] == "prediction"

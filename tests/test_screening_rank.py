@@ -12,13 +12,14 @@ from sklearn.covariance import ledoit_wolf
 from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 
-from lrpfast.screening import intervals, trial
+from lrpfast.screening import discriminant, intervals, trial
 from lrpfast.screening.analysis import Options, analyse_maps
-from lrpfast.screening.discriminant import Discriminant, amounts, blurred
+from lrpfast.screening.discriminant import Discriminant, amounts, blurred, carrying
 from lrpfast.screening.intervals import Estimate
 from lrpfast.screening.members import (
     consensus_region,
     distinct,
+    halves,
     in_deviations,
     outstanding,
     purify,
@@ -255,6 +256,42 @@ class TestGroups:
         maps = 3 * np.exp(-((y - centre[0]) ** 2 + (x - centre[1]) ** 2) / 9) + rng.normal(0, 0.3, (300, 16, 16))
         maps[:12] += 0.8 * ((y - 7.5) ** 2 + (x - 7.5) ** 2) / 112
         assert np.flatnonzero(analyse_maps(maps).groups[0].members).tolist() == list(range(12))
+
+    def test_halves_along_principal_components(self):
+        # Spread along two axes of four; of the others there is nothing.
+        rng = np.random.default_rng(0)
+        points = np.zeros((40, 4))
+        points[:, 1], points[:, 3] = rng.uniform(-5, 5, 40), rng.uniform(-1, 1, 40)
+        centred = points - points.mean(axis=0)
+        _, _, axes = np.linalg.svd(centred, full_matrices=False)
+        along = centred @ axes[:2].T
+        expected = [side * along[:, axis] > along[:, axis].std() for axis in (0, 1) for side in (1, -1)]
+        assert {row.tobytes() for row in halves(points)} == {row.tobytes() for row in expected}
+
+    @pytest.mark.parametrize(("samples", "told"), [(7, 0), (40, 5), (400, 16)])
+    def test_few_samples_tell_few_components(self, samples, told):
+        # Both sides of a component have members: these points are spread evenly.
+        points = np.random.default_rng(1).uniform(-1, 1, (samples, 30))
+        assert len(halves(points)) == 2 * told
+        assert halves(np.ones((samples, 3))).shape == (0, samples)
+
+    def test_features_that_carry(self):
+        features = np.random.default_rng(0).uniform(0, 1, (50, 400)) * np.arange(400)
+        found = carrying(features)
+        most = np.sort(np.argsort(features.var(axis=0))[-256:])
+        np.testing.assert_allclose(found, amounts(features)[:, most])
+
+    def test_single_precision_finds_the_same(self, monkeypatch):
+        maps = planted(samples=300, tagged=20)
+        inner = np.random.default_rng(1).uniform(0, 1, (300, 10))
+        inner[50:80, 3] += 3
+        double = analyse_maps(maps, features=inner).groups
+        monkeypatch.setattr(discriminant, "_MANY", 1)
+        single = analyse_maps(maps, features=inner).groups
+        assert single[0].score.dtype == np.float32 and len(single) == len(double)
+        for one, other in zip(single, double, strict=True):
+            np.testing.assert_array_equal(one.members, other.members)
+            assert one.distance == pytest.approx(other.distance, rel=1e-4)
 
     def test_outstanding_in_a_block(self):
         amounts = np.random.default_rng(0).random((50, 16 * 16))

@@ -66,6 +66,17 @@ class TestPage:
         assert "1 of 2 classes rests on something that a small group of images shares" in text
         assert "in 8 of its 60 images the model looks at one place" in text
 
+    def test_it_says_what_no_map_shows(self, folder, page):
+        entries = findings.read(folder)["findings"]
+        told = [
+            entry["told_by"] for entry in sorted(entries, key=lambda entry: (-entry["class"]["index"], entry["rank"]))
+        ]
+        said = [
+            "no map" if "Told by the relevance" in part else "maps"
+            for part in page.split('<p class="hint">Suspicion ')[1:]
+        ]
+        assert said == ["no map" if by == "features" else "maps" for by in told] and "no map" in said and "maps" in said
+
     def test_classes_stand_in_the_order_of_the_findings(self, folder, page):
         order = [entries[0]["class"]["index"] for entries in report.rank_classes(findings.read(folder)["findings"])]
         assert order == [1, 0]

@@ -163,9 +163,11 @@ def logits_of(loaded: Loaded, engine: EngineOptions, *, move: bool = True) -> Ca
 
 
 def _build(loaded: Loaded, engine: EngineOptions) -> Any:
-    from lrpfast.screening.recipes import Runnable
+    from lrpfast.screening.recipes import Runnable, runnable
 
-    return Runnable(*setup.make_runnable(loaded, engine))
+    if loaded.program is not None:
+        return Runnable(*setup.make_runnable(loaded, engine))
+    return runnable(lambda record: setup.make_explainer(loaded, engine, record))
 
 
 def _load_and_build(model: ModelOptions, engine: EngineOptions, places: list[str]) -> Any:

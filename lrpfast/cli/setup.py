@@ -83,8 +83,10 @@ def composite_of(loaded: models.Loaded, options: EngineOptions) -> composites.Co
     return composites.get(name, **bounds)
 
 
-def make_explainer(loaded: models.Loaded, options: EngineOptions) -> tuple[lrpfast.Explainer, torch.Tensor]:
-    """Compile the loaded module for its image size.
+def make_explainer(
+    loaded: models.Loaded, options: EngineOptions, record: tuple[str, ...] = ()
+) -> tuple[lrpfast.Explainer, torch.Tensor]:
+    """Compile the loaded module for its image size; `record` as of `lrpfast.Explainer`.
 
     Returns
     -------
@@ -111,7 +113,7 @@ def make_explainer(loaded: models.Loaded, options: EngineOptions) -> tuple[lrpfa
     )
     return (
         lrpfast.Explainer(
-            model, example, composite=composite, precision=options.precision, backend=options.backend or "auto"
+            model, example, composite, options.precision, backend=options.backend or "auto", record=record
         ),
         example,
     )

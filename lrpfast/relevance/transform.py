@@ -12,6 +12,7 @@ from torch import fx
 import lrpfast.ops  # noqa: F401  declares torch.ops.lrpfast
 from lrpfast.assign import Assignment
 from lrpfast.errors import InputError, UnsupportedOperationError
+from lrpfast.explanation import FEATURES
 from lrpfast.facts import Facts, depends_on_input, prove
 from lrpfast.graph import Builder, Program, describe, is_tensor, operation_name, rank, value
 from lrpfast.kinds import kinds_of
@@ -20,8 +21,6 @@ from lrpfast.relevance import affine, attention, elementwise, normalisation, poo
 from lrpfast.relevance.walk import Message, OneHot, Walk, propagator
 
 aten = torch.ops.aten
-
-FEATURES = "@features"  # among the names to record; no module can be called so
 
 
 class Seed(enum.Enum):

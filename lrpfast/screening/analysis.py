@@ -32,7 +32,7 @@ from lrpfast.screening.threads import one_thread
 
 _LARGE = 8192  # samples: such a class is done alone
 _GROUP = tuple(field.name for field in dataclasses.fields(Group))
-_FORMAT = 3  # of the files of classes; changed with what the analysis computes, so that old ones are made again
+_FORMAT = 4  # of the files of classes; changed with what the analysis computes, so that old ones are made again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,11 @@ class Options:
             raise InputError(f"eigenpairs is {self.eigenpairs}; it must be at least 2")
 
 
-def analyse_maps(maps: np.ndarray, options: Options = Options()) -> ClassAnalysis:  # noqa: B008
+def analyse_maps(
+    maps: np.ndarray,
+    options: Options = Options(),  # noqa: B008
+    features: np.ndarray | None = None,
+) -> ClassAnalysis:
     """Analyse the maps of one class (SpRAy, Lapuschkin et al. 2019).
 
     Parameters
@@ -81,15 +85,20 @@ def analyse_maps(maps: np.ndarray, options: Options = Options()) -> ClassAnalysi
         [n, H, W] real, n ≥ 1.
     options
         See `Options`.
+    features
+        [n, C] real: the relevance of what the model's last layer reads. None, or C = 0: groups are told by the maps alone.
 
     Raises
     ------
     NumericsError
-        NaN or infinity in a map.
+        NaN or infinity in a map, or in the features.
     """
     points = normalise_maps(maps)  # first, since it looks for NaN
     amounts = discriminant.amounts(maps)
-    return analyse_points(points, discriminant.blurred(amounts), amounts, options)
+    if features is not None and not np.isfinite(features).all():
+        raise NumericsError("the relevance of features holds NaN or infinity")
+    carrying = None if features is None else discriminant.carrying(features)
+    return analyse_points(points, discriminant.blurred(amounts), amounts, options, carrying)
 
 
 def analyse_points(
@@ -97,13 +106,17 @@ def analyse_points(
     evidence: np.ndarray,
     maps: np.ndarray,
     options: Options = Options(),  # noqa: B008
+    features: np.ndarray | None = None,
 ) -> ClassAnalysis:
-    """Cluster any points [n, d], tell members by any evidence [n, e], and say where by maps [n, H, W]; else as `analyse_maps`."""
+    """Cluster any points [n, d], tell members by any evidence [n, e] or features [n, c], and say where by maps [n, H, W]; else as
+    `analyse_maps`."""
     with one_thread() if len(points) <= _LARGE else contextlib.nullcontext():
-        return _analyse_points(points, evidence, maps, options)
+        return _analyse_points(points, evidence, maps, options, features)
 
 
-def _analyse_points(points: np.ndarray, evidence: np.ndarray, maps: np.ndarray, options: Options) -> ClassAnalysis:
+def _analyse_points(
+    points: np.ndarray, evidence: np.ndarray, maps: np.ndarray, options: Options, features: np.ndarray | None
+) -> ClassAnalysis:
     count = neighbour_count(len(points)) if options.neighbours is None else min(options.neighbours, len(points) - 1)
     graph = neighbour_graph(nearest_neighbours(points, count)[0])
     spectrum = laplacian_spectrum(graph, options.eigenpairs)
@@ -111,7 +124,8 @@ def _analyse_points(points: np.ndarray, evidence: np.ndarray, maps: np.ndarray, 
     clusters = cluster(spectrum, chosen, options.seed)
     levels = (cluster(spectrum, k, options.seed, starts=3) for k in range(2, len(spectrum.eigenvalues) + 1))
     size = (maps.shape[1], maps.shape[2])
-    groups = suspicious_groups(normalise_maps(maps), maps.reshape(len(maps), -1), evidence, levels, size)
+    flat = maps.reshape(len(maps), -1)
+    groups = suspicious_groups(normalise_maps(maps), flat, evidence, levels, size, features=features)
     return ClassAnalysis(clusters, spectrum.eigenvalues, spectrum.eigenvectors.astype(np.float32), tuple(groups))
 
 
@@ -247,7 +261,7 @@ def _work(label: int, options: Options, mark: str) -> int:
 
 def _analyse_class(store: Store, label: int, options: Options, mark: str) -> int:
     try:
-        found = analyse_maps(store.maps(label), options)
+        found = analyse_maps(store.maps(label), options, store.features(label))
     except NumericsError as error:
         raise NumericsError(f"class {label}: {error}") from error
     columns: dict[str, Any] = {
@@ -266,4 +280,4 @@ def _analyse_class(store: Store, label: int, options: Options, mark: str) -> int
 
 
 def _scalar_or_array(value: Any) -> Any:
-    return value if isinstance(value, np.ndarray) else float(value)
+    return value if isinstance(value, np.ndarray) else value.item()

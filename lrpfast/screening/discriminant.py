@@ -12,6 +12,8 @@ Scored by a discriminant that has seen it, any group looks apart from the rest.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import scipy.linalg
 from scipy.ndimage import gaussian_filter1d
@@ -21,6 +23,8 @@ _SIDE = 14  # cells; a blurred map is sampled at no more than twice as many
 _BLUR = 1 / 16  # of the side, standard deviation: how far an artefact may move and still be the same
 _LOUDEST = 3.0  # times the median map
 _MOST_SHRUNK = 0.9
+_MOST_FEATURES = 256
+_MANY = 1024  # samples
 
 
 def amounts(maps: np.ndarray) -> np.ndarray:
@@ -48,6 +52,19 @@ def amounts(maps: np.ndarray) -> np.ndarray:
     return maps / scale.reshape(-1, *[1] * (maps.ndim - 1))
 
 
+def precision(samples: int) -> type[np.floating[Any]]:
+    """What groups of a class are computed in: float32 for a class that takes long, where it takes half the time."""
+    return np.float64 if samples < _MANY else np.float32
+
+
+def carrying(features: np.ndarray) -> np.ndarray:
+    """Reduce the relevance of a class's features, [n, C] real and finite, to `amounts` of those that carry its decisions:
+    [n, at most 256] float64, the features whose relevance varies most. An artefact in use adds relevance to some of them."""
+    found = amounts(features)
+    most = np.argsort(-found.var(axis=0), kind="stable")[:_MOST_FEATURES]
+    return found[:, np.sort(most)]
+
+
 def blurred(maps: np.ndarray) -> np.ndarray:
     """Blur maps [n, H, W] and flatten them, [n, d] float64: an artefact that moves a little then stays within its cells.
 
@@ -72,8 +89,9 @@ class Discriminant:
         covariance[np.diag_indices(size)] += max(shrinkage, 1e-6) * variance
         factor = scipy.linalg.cholesky(covariance, lower=True)
         # The hat matrix of the regression without its intercept is rows @ rows.T.
-        self._rows = scipy.linalg.solve_triangular(factor, centred.T, lower=True).T * np.sqrt((1 - shrinkage) / samples)
-        self._leverage = np.einsum("ij,ij->i", self._rows, self._rows)
+        rows = scipy.linalg.solve_triangular(factor, centred.T, lower=True).T * np.sqrt((1 - shrinkage) / samples)
+        self._leverage = np.einsum("ij,ij->i", rows, rows)
+        self._rows = rows.astype(precision(samples))
 
     def scores(self, members: np.ndarray) -> np.ndarray:
         """How far each point lies towards a group: (x - x̄)·w, with w and x̄ of all points but this one.
@@ -91,9 +109,9 @@ class Discriminant:
         samples = members.shape[1]
         if samples < 2:
             return np.zeros(members.shape)
-        target = members.astype(np.float64)
-        share = target.mean(axis=1, keepdims=True)
-        fitted = share + ((target - share) @ self._rows) @ self._rows.T
+        target = members.astype(self._rows.dtype)
+        share = members.mean(axis=1, keepdims=True)
+        fitted = share + ((target - share.astype(target.dtype)) @ self._rows) @ self._rows.T
         leverage = self._leverage + 1 / samples
         without = (fitted - leverage * target) / (1 - leverage)
         # Less the intercept, the share of members among the others, which alone would tell who was left out.

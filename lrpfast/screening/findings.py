@@ -32,7 +32,7 @@ from lrpfast.screening.trial import Effect
 # The limits of a flag, chosen on the tuning runs of benchmarks/clever_hans.py: standard deviations, and share of other images.
 FLAG_DISTANCE, FLAG_EFFECT = 11.0, 0.05
 JSON, CSV = "findings.json", "findings.csv"
-_FORMAT = 2
+_FORMAT = 3
 _EXAMPLES = 20
 
 
@@ -147,6 +147,7 @@ def _entry(rank: int, finding: Finding, names: dict[int, ClassInfo]) -> dict[str
         "class_size": len(finding.sample),
         "share": group.size / len(finding.sample),
         "distance": group.distance,
+        "told_by": "features" if group.by_features else "maps",
         "suspicion": {
             "total": group.suspicion,
             "smallness": group.smallness,
@@ -175,7 +176,7 @@ def _entry(rank: int, finding: Finding, names: dict[int, ClassInfo]) -> dict[str
 _ESTIMATES = ("score_fall", "random_fall", "occlusion", "pasted", "control", "moved")
 _COLUMNS = [
     "rank", "flagged", "class_index", "class_name", "word_net_id", "size", "class_size", "share", "suspicion", "distance",
-    *(f"{name}{end}" for name in _ESTIMATES for end in ("", "_low", "_high")), "members_tried", "recipients", "example",
+    "told_by", *(f"{name}{end}" for name in _ESTIMATES for end in ("", "_low", "_high")), "members_tried", "recipients", "example",
 ]  # fmt: skip
 
 
@@ -186,8 +187,8 @@ def _row(entry: dict[str, Any]) -> list[Any]:
     example = entry["examples"][0]["path"] if entry["examples"] else ""
     return [
         entry["rank"], entry["flagged"], kind["index"], kind["name"], kind["word_net_id"] or "", entry["size"],
-        entry["class_size"], entry["share"], entry["suspicion"]["total"], entry["distance"], *estimates, effect["members"],
-        effect["recipients"], example,
+        entry["class_size"], entry["share"], entry["suspicion"]["total"], entry["distance"], entry["told_by"], *estimates,
+        effect["members"], effect["recipients"], example,
     ]  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from lrpfast.errors import OutputError, ScreeningError
 from lrpfast.files import make_folder, remove_temporaries, replacing
 from lrpfast.screening.schema import ClassInfo
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
 _LOCK = ".lock"
 

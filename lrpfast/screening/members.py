@@ -20,6 +20,7 @@ _SHARPENING, _PURIFYING = 5, 10  # rounds; two or three are enough as a rule
 _BLOCKS = 8
 _FARTHEST = 100.0
 _CUTS = (4.0, 3.0)  # standard deviations: the first finds small groups in large clusters, the second spread-out ones
+_COMPONENTS, _EACH = 16, 8  # principal components that groups start from, and samples for each of them at least
 _SHARE = 0.35  # of the members' median score: less is no member, however many standard deviations it is
 
 
@@ -45,6 +46,27 @@ def outstanding(amounts: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     blocks = np.add.reduceat(np.add.reduceat(amounts.reshape(-1, height, width), rows, axis=1), columns, axis=2)
     each = np.ascontiguousarray(blocks.reshape(len(amounts), -1).T)
     return _proper(standard_scores(each, np.zeros(each.shape, dtype=bool)) > _CUTS[0])
+
+
+def halves(points: np.ndarray) -> np.ndarray:
+    """Groups to start from where nothing is known of places: those that lie to one side of the class along a principal component.
+
+    Parameters
+    ----------
+    points
+        [n, d] float64.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool [g, n]: at least a standard deviation to either side, for as many components as n can tell, at most `_COMPONENTS`.
+    """
+    centred = points - points.mean(axis=0)
+    values, vectors = np.linalg.eigh(centred.T @ centred)
+    told = min(_COMPONENTS, len(points) // _EACH, int((values > values[-1:] * 1e-12).sum()))
+    along = vectors[:, -told:].T @ centred.T if told else np.zeros((0, len(points)))
+    scaled = along / np.sqrt(np.maximum(values[len(values) - told :, None] / len(points), 1e-300))
+    return _proper(np.concatenate([scaled > 1, scaled < -1]))
 
 
 def sharpen(points: np.ndarray, members: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lrpfast.errors import LrpfastError, NumericsError, ScreeningError
-from lrpfast.explanation import Explanation
+from lrpfast.explanation import FEATURES, Explanation
 from lrpfast.screening.recipes import Runnable, logits
 from lrpfast.screening.schema import TOP, to_half
 from lrpfast.screening.sources import Source
@@ -129,6 +129,8 @@ class PooledExplainer:
             "target_logit": np.full(count, np.nan, np.float32),
             "map": np.zeros((count, pooling.height, pooling.width), np.float16),
             "scale": np.ones(count, np.float32),
+            "features": np.zeros((count, self._runnable.features), np.float16),
+            "features_scale": np.ones(count, np.float32),
             "conservation": np.full(count, np.nan, np.float32),
         }
         if pooling.target == "label":
@@ -169,6 +171,7 @@ class PooledExplainer:
         output = logits(explanation.output)
         top = output.topk(min(TOP, output.shape[1]), dim=1)
         maps, scale = to_half(self._pooled(explanation).cpu().numpy())
+        features, features_scale = to_half(self._features(explanation).float().cpu().numpy())
         resolved = explanation.target
         missing = ((0, 0), (0, TOP - top.indices.shape[1]))
         return {
@@ -179,8 +182,13 @@ class PooledExplainer:
             "target_logit": output.gather(1, resolved[:, None])[:, 0].float().cpu().numpy(),
             "map": maps,
             "scale": scale,
+            "features": features,
+            "features_scale": features_scale,
             "conservation": explanation.conservation().float().cpu().numpy(),
         }
+
+    def _features(self, explanation: Explanation) -> torch.Tensor:
+        return explanation.layers[FEATURES] if self._runnable.features else torch.zeros(len(explanation.target), 0)
 
     def _pooled(self, explanation: Explanation) -> torch.Tensor:
         heat = explanation.heatmap()

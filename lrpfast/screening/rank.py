@@ -8,6 +8,10 @@ tried on the model; what the trial finds decides (`trial`).
 The partition that the eigengap chooses shows the class at its coarsest: the ways to draw an object differ more than a tag of a few
 pixels, and a small group hides in a large cluster. So groups are taken from the partitions into 2, 3, ... clusters alike,
 and brought to those that have something in common (`members`) before they are judged.
+
+An artefact that is spread over the image, a tint or a kind of noise, is in no place of the map. It is in some of the channels that the
+model's last layer reads, wherever they are: where their relevance is known (concept relevance, Achtibat et al. 2023), groups are
+looked for in it as well, by the same means. A place is given to those, too, since a trial needs one.
 """
 
 from __future__ import annotations
@@ -17,11 +21,12 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from lrpfast.screening.discriminant import Discriminant
+from lrpfast.screening.discriminant import Discriminant, precision
 from lrpfast.screening.members import (
     SMALLEST,
     distinct,
     excess,
+    halves,
     in_deviations,
     median_of,
     outstanding,
@@ -54,7 +59,8 @@ class Group:
         even, towards 1 where it is in one place, the same one in all members.
     distance
         How far the members are from the rest of the class, in standard deviations of the rest: the geometric mean of two
-        distances of medians, of the amount of relevance in `region` and of `score`, times 1 to 2 by the `gap` in `score`, and times
+        distances of medians, of the amount of relevance in `region` (`by_features`: in the features that they have more of) and
+        of `score`, times 1 to 2 by the `gap` in `score`, and times
         k / (k + 2) for k members. What is rare in a class stands out in one of them and thins out towards the rest; an artefact
         adds relevance in its place, is unlike all else, and is there or not. A few maps can be found that are far from the
         rest by chance, many cannot.
@@ -65,6 +71,8 @@ class Group:
     score
         float32 [n], of every map of the class: how clearly it belongs to the group, by a discriminant that has not seen it
         (`discriminant`), in standard deviations of the rest above its median.
+    by_features
+        Whether the discriminant is of the last features' relevance, and not of the maps.
     """
 
     members: np.ndarray
@@ -75,6 +83,7 @@ class Group:
     region: np.ndarray
     mean: np.ndarray
     score: np.ndarray
+    by_features: bool = False
 
     @property
     def size(self) -> int:
@@ -99,8 +108,9 @@ def suspicious_groups(
     partitions: Iterable[np.ndarray],
     size: tuple[int, int],
     most: int = 5,
+    features: np.ndarray | None = None,
 ) -> list[Group]:
-    """Judge the groups that the clusters of several partitions of a class lead to; the most suspicious first.
+    """Judge the groups that the clusters of several partitions of a class, and its features, lead to; the most suspicious first.
 
     Parameters
     ----------
@@ -116,6 +126,8 @@ def suspicious_groups(
         (H, W).
     most
         How many are returned.
+    features
+        [n, c] float64, relevance of features by `discriminant.carrying`; None, or c = 0: not known.
 
     Returns
     -------
@@ -127,10 +139,12 @@ def suspicious_groups(
     large = [members for members in clusters if members.sum() >= SMALLEST]
     if not large:
         return []
-    exact = points.astype(np.float64)
+    points, amounts = (maps.astype(precision(len(points)), copy=False) for maps in (points, amounts))
     discriminant = Discriminant(evidence)
-    starts = np.concatenate([sharpen(exact, distinct(np.stack(large))), outstanding(amounts, size)])
-    groups = describe_groups(exact, amounts, discriminant, purify(discriminant, starts), size)
+    starts = np.concatenate([sharpen(points, distinct(np.stack(large))), outstanding(amounts, size)])
+    groups = describe_groups(points, amounts, discriminant, purify(discriminant, starts), size)
+    if features is not None and features.size:
+        groups += _groups_by_features(points, amounts, features, size)
     # What is spread over the image is not concentrated, and yet may be far away.
     farthest = max((group.distance for group in groups), default=0.0)
     groups.sort(key=lambda group: (group.distance < farthest, -group.suspicion, group.size))
@@ -143,16 +157,33 @@ def suspicious_groups(
     return kept
 
 
-def describe_groups(
-    points: np.ndarray, amounts: np.ndarray, discriminant: Discriminant, members: np.ndarray, size: tuple[int, int]
+def _groups_by_features(
+    points: np.ndarray, amounts: np.ndarray, features: np.ndarray, size: tuple[int, int]
 ) -> list[Group]:
-    """Describe groups, `members` bool [g, n], of the maps `points` and `amounts`, [n, H*W] float64; see `Group`."""
+    discriminant = Discriminant(features)
+    found = purify(discriminant, halves(features))
+    return describe_groups(points, amounts, discriminant, found, size, features.astype(points.dtype, copy=False))
+
+
+def describe_groups(
+    points: np.ndarray,
+    amounts: np.ndarray,
+    discriminant: Discriminant,
+    members: np.ndarray,
+    size: tuple[int, int],
+    features: np.ndarray | None = None,
+) -> list[Group]:
+    """Describe groups, `members` bool [g, n], of the maps `points` and `amounts`, [n, H*W] float64, told by `features` where they are
+    given; see `Group`."""
     lengths = np.linalg.norm(points, axis=1, keepdims=True)
     units = np.divide(points, lengths, out=np.zeros_like(points), where=lengths > 0)
-    chosen, counts = members.astype(np.float64), members.sum(axis=1, keepdims=True)
+    chosen, counts = members.astype(points.dtype), members.sum(axis=1, keepdims=True)
     means, alike = chosen @ points / counts, np.linalg.norm(chosen @ units / counts, axis=1)
     places = regions(excess(amounts, members))
-    inside = in_deviations(region_share(amounts, places), members)
+    within = amounts, places
+    if features is not None:
+        within = features, regions(excess(features, members))
+    inside = in_deviations(region_share(*within), members)
     scores = in_deviations(discriminant.scores(members), members)
     near = np.sqrt(np.maximum(median_of(inside, members), 0) * np.maximum(median_of(scores, members), 0)).ravel()
     return [
@@ -165,6 +196,7 @@ def describe_groups(
             region=region.reshape(size),
             mean=mean.reshape(size).astype(np.float32),
             score=score.astype(np.float32),
+            by_features=features is not None,
         )
         for own, compactness, mean, region, middles, score in zip(
             members, alike, means, places, near, scores, strict=True

@@ -18,17 +18,20 @@ from torch.export import ExportedProgram
 import lrpfast
 from lrpfast import composites
 from lrpfast.errors import InputError
+from lrpfast.explanation import FEATURES
 from lrpfast.images import Preprocessing
 from lrpfast.screening.listing import Model
 
 
 @dataclasses.dataclass(frozen=True)
 class Runnable:
-    """What explains a batch, an `Explainer` or a saved program, and the device and dtype of its inputs."""
+    """What explains a batch, an `Explainer` or a saved program, the device and dtype of its inputs, and how many channels of the
+    last features it tells the relevance of, as the layer `FEATURES`."""
 
     explain: Callable[..., lrpfast.Explanation]
     device: torch.device
     dtype: torch.dtype
+    features: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +88,23 @@ def recipe(
         preprocessing,
         Model(tuple(categories), outputs),
     )
+
+
+def runnable(make: Callable[[tuple[str, ...]], tuple[lrpfast.Explainer, torch.Tensor]]) -> Runnable:
+    """Return what explains and tells of the last features, or, where the model has no such layer, what explains.
+
+    Parameters
+    ----------
+    make
+        From the layers to record to a compiled explainer, and an input that it takes.
+    """
+    try:
+        explainer, example = make((FEATURES,))
+        *_, recorded = explainer.program.graph.output_node().args[0]
+        features = recorded.meta["val"].shape[1]
+    except InputError:
+        (explainer, example), features = make(()), 0
+    return Runnable(explainer, example.device, example.dtype, features)
 
 
 def black(preprocessing: Preprocessing, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -154,5 +174,8 @@ def _build(
 ) -> Runnable:
     device, dtype = _place(model)
     example = black(preprocessing, dtype, device)
-    explainer = lrpfast.Explainer(model, example, composite=composite, precision=precision, backend=backend)
-    return Runnable(explainer, device, dtype)
+
+    def make(record: tuple[str, ...]) -> tuple[lrpfast.Explainer, torch.Tensor]:
+        return lrpfast.Explainer(model, example, composite, precision, backend, record), example
+
+    return runnable(make)

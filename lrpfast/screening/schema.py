@@ -77,7 +77,8 @@ def shard_schema(height: int, width: int) -> pa.Schema:
     """Return the columns of a shard whose maps are `height` x `width`.
 
     `sample` is the position in the source; `target` the class explained; `map` row-major, summed over channels and averaged over
-    the cells of the pool; `top5_class` -1 and `top5_logit` NaN where the model has fewer classes.
+    the cells of the pool; `features` the relevance of the channels that the last layer reads, none where it is not known;
+    `top5_class` -1 and `top5_logit` NaN where the model has fewer classes.
     """
     columns = [
         ("sample", pa.int64()),
@@ -90,24 +91,27 @@ def shard_schema(height: int, width: int) -> pa.Schema:
         ("target_logit", pa.float32()),
         ("map", pa.list_(pa.float16(), height * width)),
         ("scale", pa.float32()),
+        ("features", pa.list_(pa.float16())),
+        ("features_scale", pa.float32()),
         ("conservation", pa.float32()),
     ]
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])
 
 
 def to_half(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scale maps [N, H, W] to float16.
+    """Scale maps [N, H, W], or features [N, C], to float16.
 
     Returns
     -------
     tuple
-        The maps, float16 [N, H, W], and the scale of each, float32 [N]: a power of two, 1 for a map of zeros.
+        The maps, float16 of the same shape, and the scale of each, float32 [N]: a power of two, 1 for a map of zeros.
     """
     wide = maps.astype(np.float64)
-    largest = np.abs(wide).max(axis=(1, 2), initial=0.0)
+    each = (-1, *[1] * (maps.ndim - 1))
+    largest = np.abs(wide).max(axis=tuple(range(1, maps.ndim)), initial=0.0)
     _, exponent = np.frexp(largest)
     exponent = np.where(largest > 0, np.clip(exponent - _LARGEST, -126, 127), 0)
-    return np.ldexp(wide, -exponent[:, None, None]).astype(np.float16), np.ldexp(1.0, exponent).astype(np.float32)
+    return np.ldexp(wide, -exponent.reshape(each)).astype(np.float16), np.ldexp(1.0, exponent).astype(np.float32)
 
 
 def from_half(maps: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -121,7 +125,8 @@ def table(columns: dict[str, Any], height: int, width: int) -> pa.Table:
     Parameters
     ----------
     columns
-        By the names of `shard_schema`: numpy arrays [N], [N, 5] and, for `map`, float16 [N, H, W]; `path` a sequence of str.
+        By the names of `shard_schema`: numpy arrays [N], [N, 5] and, for `map`, float16 [N, H, W], for `features` float16 [N, C];
+        `path` a sequence of str.
     """
     schema = shard_schema(height, width)
     order = np.argsort(columns["sample"], kind="stable")
@@ -134,7 +139,9 @@ def _ordered(values: Any, order: np.ndarray) -> Any:
 
 
 def _array(values: np.ndarray | Sequence[str], kind: pa.DataType) -> pa.Array:
-    if not isinstance(values, np.ndarray) or not pa.types.is_fixed_size_list(kind):
+    if not isinstance(values, np.ndarray) or values.ndim == 1:
         return pa.array(values, type=kind)
     flat = pa.array(np.ascontiguousarray(values).reshape(-1), type=kind.value_type)
-    return pa.FixedSizeListArray.from_arrays(flat, type=kind)
+    if pa.types.is_fixed_size_list(kind):
+        return pa.FixedSizeListArray.from_arrays(flat, type=kind)
+    return pa.ListArray.from_arrays(np.arange(len(values) + 1, dtype=np.int32) * values.shape[1], flat, type=kind)

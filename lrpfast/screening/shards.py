@@ -162,4 +162,4 @@ def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _leaves(columns: pa.Schema) -> list[str]:
-    return [f"{f.name}.list.element" if pa.types.is_fixed_size_list(f.type) else f.name for f in columns]
+    return [f"{f.name}.list.element" if pa.types.is_nested(f.type) else f.name for f in columns]

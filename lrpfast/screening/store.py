@@ -1,10 +1,10 @@
-"""The maps of a screening, class by class, without ever holding all of them.
+"""The maps and features of a screening, class by class, without ever holding all of them.
 
 Shards hold samples in the order of the source; the analysis wants all samples of a class at once. For a source that is not
 sorted by class, a class is spread over all shards, and reading all of them for each of a thousand classes is out of the
-question. So the shards are gone through once, and each map is written to its place in one flat file sorted by class. The
-other columns, which are small, go to one Parquet file of the same order. Both live in `analysis/` and are made
-again where they are missing or belong to another screening.
+question. So the shards are gone through once, and each map is written to its place in one flat file sorted by class, the
+relevance of its features to a second one. The other columns, which are small, go to one Parquet file of the same order. All
+live in `analysis/` and are made again where they are missing or belong to another screening.
 
 "Class" is the class explained, the column `target`: the label, or the prediction, as the screening was told.
 """
@@ -27,9 +27,11 @@ from lrpfast.screening.manifest import Manifest
 from lrpfast.screening.schema import ShardInfo, from_half
 
 _LIGHT = (
-    "sample", "path", "label", "target", "prediction", "top5_class", "top5_logit", "target_logit", "scale", "conservation",
+    "sample", "path", "label", "target", "prediction", "top5_class", "top5_logit", "target_logit", "scale", "features_scale",
+    "conservation",
 )  # fmt: skip
 _BATCH = 4096  # rows read from the maps of a shard at a time
+_COUNT = b"features"  # in the metadata of the table: how many there are of a sample
 FOLDER = "analysis"
 
 
@@ -86,13 +88,14 @@ class Store:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self.manifest: Manifest = manifests.read(folder)
-        self._maps_path = self.folder / FOLDER / "maps.f16"
-        table_path = self.folder / FOLDER / "samples.parquet"
-        cells = self.manifest.height * self.manifest.width
-        table = _read_sorted(table_path, self._maps_path, self.manifest.fingerprint, cells)
+        place = self.folder / FOLDER
+        self._paths = {"map": place / "maps.f16", "features": place / "features.f16"}
+        table_path = place / "samples.parquet"
+        table = _read_sorted(table_path, self._paths, self.manifest)
         if table is None:
-            table = _sort(self.folder, self.manifest, table_path, self._maps_path)
+            table = _sort(self.folder, self.manifest, table_path, self._paths)
         self._table = table
+        self._widths = _widths(self.manifest, table)
         target = table["target"].to_numpy()
         classes, starts = np.unique(target, return_index=True)
         stops = [*starts[1:].tolist(), len(target)]
@@ -120,13 +123,19 @@ class Store:
 
     def maps(self, label: int) -> np.ndarray:
         """The maps of a class: float32 [n, H, W], relevance."""
+        return self._values(label, "map", "scale").reshape(-1, self.manifest.height, self.manifest.width)
+
+    def features(self, label: int) -> np.ndarray:
+        """The relevance of the last features of a class: float32 [n, C], C = 0 where it is not known."""
+        return self._values(label, "features", "features_scale")
+
+    def _values(self, label: int, column: str, scale: str) -> np.ndarray:
         start, stop = self._ranges.get(label, (0, 0))
-        height, width = self.manifest.height, self.manifest.width
-        with open(self._maps_path, "rb") as file:
-            file.seek(start * height * width * 2)
-            half = np.fromfile(file, dtype=np.float16, count=(stop - start) * height * width)
-        scale = self.columns(label)["scale"].to_numpy()
-        return from_half(half.reshape(stop - start, height, width), scale)
+        width = self._widths[column]
+        with open(self._paths[column], "rb") as file:
+            file.seek(start * width * 2)
+            half = np.fromfile(file, dtype=np.float16, count=(stop - start) * width)
+        return from_half(half.reshape(stop - start, width), self.columns(label)[scale].to_numpy())
 
     def class_samples(self, label: int) -> ClassSamples:
         """All of a class.
@@ -150,36 +159,45 @@ class Store:
         )
 
 
-def _read_sorted(table_path: Path, maps_path: Path, fingerprint: str, cells: int) -> pa.Table | None:
+def _widths(manifest: Manifest, table: pa.Table) -> dict[str, int]:
+    """How many values of each column a sample has."""
+    return {"map": manifest.height * manifest.width, "features": int(table.schema.metadata[_COUNT])}
+
+
+def _read_sorted(table_path: Path, paths: dict[str, Path], manifest: Manifest) -> pa.Table | None:
     """The sorted table, where it is there, whole and of this screening."""
     try:
         table = pq.read_table(table_path)
-        found = (table.schema.metadata or {}).get(b"fingerprint", b"").decode()
-        whole = maps_path.stat().st_size == table.num_rows * cells * 2
-    except (OSError, pa.ArrowException):
+        if (table.schema.metadata or {}).get(b"fingerprint", b"").decode() != manifest.fingerprint:
+            return None
+        widths = _widths(manifest, table)
+        whole = all(paths[name].stat().st_size == table.num_rows * width * 2 for name, width in widths.items())
+    except (OSError, KeyError, pa.ArrowException):
         return None
-    return table.combine_chunks() if found == fingerprint and whole else None
+    return table.combine_chunks() if whole else None
 
 
-def _sort(folder: Path, manifest: Manifest, table_path: Path, maps_path: Path) -> pa.Table:
-    paths = [manifests.shard_path(folder, shard) for shard in range(manifest.shards)]
-    missing = [path for path in paths if not path.exists()]
+def _sort(folder: Path, manifest: Manifest, table_path: Path, paths: dict[str, Path]) -> pa.Table:
+    shards = [manifests.shard_path(folder, shard) for shard in range(manifest.shards)]
+    missing = [path for path in shards if not path.exists()]
     if missing:
         raise ScreeningError(
-            f"{len(missing)} of {len(paths)} shards of {folder} are not there yet, the first is {missing[0].name}: "
+            f"{len(missing)} of {len(shards)} shards of {folder} are not there yet, the first is {missing[0].name}: "
             "start the screening again, with the same settings, to complete it"
         )
-    tables = [_read_light(path, shard, manifest) for shard, path in enumerate(paths)]
+    tables = [_read_light(path, shard, manifest) for shard, path in enumerate(shards)]
     table = pa.concat_tables(tables).combine_chunks()
     target = table["target"].to_numpy()
     order = np.lexsort((table["sample"].to_numpy(), target))
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))
-    table = table.take(pa.array(order)).replace_schema_metadata({"fingerprint": manifest.fingerprint})
+    marks = {"fingerprint": manifest.fingerprint, _COUNT: str(_count_features(shards))}
+    table = table.take(pa.array(order)).replace_schema_metadata(marks)
     make_folder(table_path.parent)
-    with replacing(maps_path) as temporary:
-        _write_maps(temporary, paths, place, manifest.height * manifest.width)
-    # The table comes last: where it is, the maps are whole.
+    for column, width in _widths(manifest, table).items():
+        with replacing(paths[column]) as temporary:
+            _write_values(temporary, shards, place, column, width)
+    # The table comes last: where it is, the others are whole.
     with replacing(table_path) as temporary, open(temporary, "wb") as file:
         pq.write_table(table, file)
     return table.combine_chunks()
@@ -197,25 +215,42 @@ def _read_light(path: Path, shard: int, manifest: Manifest) -> pa.Table:
     return table.replace_schema_metadata(None)
 
 
-def _write_maps(path: Path, shards: Sequence[Path], place: np.ndarray, cells: int) -> None:
-    """Write the map of row i of all shards, one after the other, at `place[i]`; what follows each other goes in one piece."""
+def _count_features(shards: Sequence[Path]) -> int:
+    """How many features a sample has: those of the first one."""
+    for batch in (batch for shard in shards for batch in _read(shard, "features", rows=1)):
+        return len(batch.flatten())
+    return 0
+
+
+def _write_values(path: Path, shards: Sequence[Path], place: np.ndarray, column: str, width: int) -> None:
+    """Write the values of row i of all shards, one after the other, at `place[i]`; what follows each other goes in one piece."""
     row = 0
     with open(path, "wb", buffering=0) as out:
-        for values in (batch for shard in shards for batch in _read_maps(shard, cells)):
+        if width == 0:
+            return
+        for values in (values for shard in shards for values in _read_values(shard, column, width)):
             places = place[row : row + len(values)]
             row += len(values)
             order = np.argsort(places)
             for run in np.split(order, np.flatnonzero(np.diff(places[order]) != 1) + 1):
                 if len(run):
-                    _write_at(out.fileno(), values[run], int(places[run[0]]) * cells * 2)
+                    _write_at(out.fileno(), values[run], int(places[run[0]]) * width * 2)
 
 
-def _read_maps(shard: Path, cells: int) -> Iterator[np.ndarray]:
-    """The maps of a shard, float16 [rows, cells], some rows at a time."""
+def _read_values(shard: Path, column: str, width: int) -> Iterator[np.ndarray]:
+    """A column of a shard, float16 [rows, width], some rows at a time."""
+    for batch in _read(shard, column, _BATCH):
+        values = batch.flatten().to_numpy(zero_copy_only=False)
+        if len(values) != len(batch) * width:
+            raise ScreeningError(f"{shard} is damaged: not every sample has {width} values of {column}")
+        yield values.reshape(-1, width)
+
+
+def _read(shard: Path, column: str, rows: int) -> Iterator[pa.Array]:
     try:
         with pq.ParquetFile(shard, page_checksum_verification=True) as file:
-            for batch in file.iter_batches(batch_size=_BATCH, columns=["map"]):
-                yield batch["map"].flatten().to_numpy(zero_copy_only=False).reshape(-1, cells)
+            for batch in file.iter_batches(batch_size=rows, columns=[column]):
+                yield batch[column]
     except (OSError, pa.ArrowException) as error:
         raise ScreeningError(f"{shard} is damaged: {error}. Remove it and start the screening again") from error
 
@@ -226,7 +261,7 @@ def _write_at(descriptor: int, values: np.ndarray, offset: int) -> None:
         try:
             written = os.pwrite(descriptor, content, offset)
         except OSError as error:
-            raise OutputError(f"the sorted maps cannot be written: {error.strerror or error}") from error
+            raise OutputError(f"the sorted values cannot be written: {error.strerror or error}") from error
         content, offset = content[written:], offset + written
 
 
