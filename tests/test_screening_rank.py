@@ -244,6 +244,26 @@ class TestGroups:
         found = purify(Discriminant(points), points[None, :, 0] > 4)
         assert [np.flatnonzero(members).tolist() for members in found] == [[*range(10)]]
 
+    def test_purifying_takes_one_false_member_from_a_small_group(self):
+        rng = np.random.default_rng(0)
+        points = rng.normal(0, 0.1, (200, 6))
+        points[:, 0] = rng.exponential(1, 200)
+        points[:4, 0], points[4, 0] = 30, 13  # above a third of the members' score, below half of it
+        found = purify(Discriminant(points), (np.arange(200) < 5)[None])
+        assert [0, 1, 2, 3] in [np.flatnonzero(members).tolist() for members in found]
+
+    def test_large_groups_are_not_tried_more_sharply(self):
+        # A third of the members are fainter: in a group of a twentieth they are lost once, in one of a fifth never.
+        rng = np.random.default_rng(0)
+        points = rng.normal(0, 0.1, (200, 6))
+        for size, cores in ((9, [[*range(6)]]), (42, [])):
+            own = points.copy()
+            own[:size, 0] = 30
+            own[size * 2 // 3 : size, 0] = 13
+            found = [np.flatnonzero(one).tolist() for one in purify(Discriminant(own), (np.arange(200) < size)[None])]
+            assert [*range(size)] in found
+            assert [one for one in found if len(one) < size] == cores
+
     def test_purifying_leaves_no_group_where_nothing_is_apart(self):
         points = np.random.default_rng(0).random((300, 10))  # bounded: no one is four deviations out
         assert len(purify(Discriminant(points), np.random.default_rng(1).random((5, 300)) < 0.3)) == 0

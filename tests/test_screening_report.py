@@ -66,6 +66,18 @@ class TestPage:
         assert "1 of 2 classes rests on something that a small group of images shares" in text
         assert "in 8 of its 60 images the model looks at one place" in text
 
+    def test_an_answer_that_no_map_shows(self, folder, tmp_path):
+        copy = tmp_path / "screen"
+        shutil.copytree(folder, copy)
+        content = json.loads((copy / "findings.json").read_text())
+        for entry in content["findings"]:
+            entry["told_by"] = "features"
+        (copy / "findings.json").write_text(json.dumps(content))
+        report.write_report(copy, Planted())
+        text = " ".join(" ".join(Reader((copy / "report.html").read_text(encoding="utf-8")).text).split())
+        assert "in 8 of its 60 images the model relies on features that the others do not have" in text
+        assert "Pasted from where their maps differ most into images of other classes" in text
+
     def test_it_says_what_no_map_shows(self, folder, page):
         entries = findings.read(folder)["findings"]
         told = [

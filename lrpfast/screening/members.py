@@ -16,12 +16,13 @@ from lrpfast.screening.discriminant import Discriminant
 
 SMALLEST = 3  # members: of fewer no consensus can be told
 _LARGEST = 0.95  # of the class; of what is left no spread can be told
-_SHARPENING, _PURIFYING = 5, 10  # rounds; two or three are enough as a rule
+_ROUNDS = 5  # two or three are enough where there is a group
 _BLOCKS = 8
 _FARTHEST = 100.0
 _CUTS = (4.0, 3.0)  # standard deviations: the first finds small groups in large clusters, the second spread-out ones
 _COMPONENTS, _EACH = 16, 8  # principal components that groups start from, and samples for each of them at least
 _SHARE = 0.35  # of the members' median score: less is no member, however many standard deviations it is
+_SMALL, _SHARP = 0.1, 0.5  # groups of at most this part of the class are tried with this share as well
 
 
 def outstanding(amounts: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -87,7 +88,7 @@ def sharpen(points: np.ndarray, members: np.ndarray) -> np.ndarray:
     """
     members = members.copy()
     moving = np.flatnonzero(~members.all(axis=1))
-    for _ in range(_SHARPENING):
+    for _ in range(_ROUNDS):
         share = region_share(points, regions(excess(points, members[moving])))
         own = members[moving]
         sharper = share > (median_of(share, own) + median_of(share, ~own)) / 2
@@ -102,12 +103,13 @@ def sharpen(points: np.ndarray, members: np.ndarray) -> np.ndarray:
 
 def purify(discriminant: Discriminant, members: np.ndarray) -> np.ndarray:
     """Let members and discriminant agree: who scores far above the others is a member, and the discriminant follows from the
-    members; repeated until nothing changes, at each of `_CUTS`.
+    members; repeated until nothing changes, at each of `_CUTS`, and more sharply from small groups.
 
     The cut is a number of standard deviations above the median of those who are no members, not halfway between the two medians: a
     group that is mostly wrong, a tag's cluster with all that resembles it, is emptied of what does not stand out. Where members
     stand out by far more, the cut rises with them: relevance has long tails, and what lies in a tail would dilute a small group until
-    the discriminant is another one.
+    the discriminant is another one. Of the smallest groups one false member is enough for that; they are tried with a cut that rises
+    faster as well, which would leave of a spread-out one nothing but its core.
 
     Parameters
     ----------
@@ -121,17 +123,21 @@ def purify(discriminant: Discriminant, members: np.ndarray) -> np.ndarray:
     numpy.ndarray
         bool [g', n], each group once; those that lose all but a few members, or gain all others, are left out.
     """
-    found = []
-    for cut in _CUTS:
-        moving = _proper(members)
-        for _ in range(_PURIFYING):
-            scores = standard_scores(discriminant.scores(moving), moving)
-            after = scores > np.maximum(cut, _SHARE * median_of(scores, moving))
-            same = (after == moving).all(axis=1)
-            found.append(moving[same])
-            moving = _proper(after[~same])
-        found.append(moving)
-    return distinct(np.concatenate(found))
+    small = members[members.sum(axis=1) <= _SMALL * members.shape[1]]
+    found = [_agree(discriminant, members, cut, _SHARE) for cut in _CUTS]
+    return distinct(np.concatenate([*found, _agree(discriminant, small, _CUTS[0], _SHARP)]))
+
+
+def _agree(discriminant: Discriminant, members: np.ndarray, least: float, share: float) -> np.ndarray:
+    """Groups that have nobody below the cut and everybody above it; those that never settle as they are after some rounds."""
+    found, moving = [], _proper(members)
+    for _ in range(_ROUNDS):
+        scores = standard_scores(discriminant.scores(moving), moving)
+        after = scores > np.maximum(least, share * median_of(scores, moving))
+        same = (after == moving).all(axis=1)
+        found.append(moving[same])
+        moving = _proper(after[~same])
+    return np.concatenate([*found, moving])
 
 
 def standard_scores(scores: np.ndarray, members: np.ndarray) -> np.ndarray:
