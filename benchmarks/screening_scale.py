@@ -2,6 +2,7 @@
 
     python -m benchmarks.screening_scale one  [--samples 1300]     seconds of one class, without its picture
     python -m benchmarks.screening_scale one  --samples 50000      the same, and the peak memory of the process
+    python -m benchmarks.screening_scale one  --features 2048      with the relevance of as many features beside the maps
     python -m benchmarks.screening_scale all -o FOLDER [--classes 1000] [--minutes 3]     from shards to the analysis of all classes
     python -m benchmarks.screening_scale imagenet --explain 2.9 --pooled 0.05 ...          a calculation from measured rates
 
@@ -47,7 +48,13 @@ def maps_of(label: int, samples: int, seed: int = 0) -> np.ndarray:
     return maps.astype(np.float32)
 
 
-def write_shards(folder: Path, classes: int) -> None:
+def features_of(label: int, samples: int, count: int) -> np.ndarray:
+    """Relevance of features [n, count] float32 of a class: of each some samples have it, of a few of them most."""
+    rng = np.random.default_rng([1, label])
+    return (np.maximum(rng.normal(size=(samples, count)), 0) * rng.lognormal(0, 1.5, count)).astype(np.float32)
+
+
+def write_shards(folder: Path, classes: int, features: int) -> None:
     """Write the shards of a screening of `classes` x PER_CLASS samples, class after class in turn; those there are kept."""
     samples = classes * PER_CLASS
     infos = tuple(ClassInfo(label, f"class {label}") for label in range(classes))
@@ -55,9 +62,12 @@ def write_shards(folder: Path, classes: int) -> None:
     manifests.begin(make_folder(folder), known)
     # A shard takes 1000 following samples, sample i being of class i % classes: drawn by class, kept as float16.
     half = np.lib.format.open_memmap(folder / "drawn.npy", "w+", np.float16, (samples, SIDE, SIDE))
-    scale = np.empty(samples, dtype=np.float32)
+    inner = np.lib.format.open_memmap(folder / "features.npy", "w+", np.float16, (samples, features))
+    scale, inner_scale = np.empty((2, samples), dtype=np.float32)
     for label in range(classes):
         half[label::classes], scale[label::classes] = schema.to_half(maps_of(label, PER_CLASS))
+        own = slice(label, None, classes)
+        inner[own], inner_scale[own] = schema.to_half(features_of(label, PER_CLASS, features))
     for shard in range(known.shards):
         own = np.array(known.positions(shard))
         label = (own % classes).astype(np.int32)
@@ -73,14 +83,15 @@ def write_shards(folder: Path, classes: int) -> None:
             "target_logit": np.ones(count, dtype=np.float32),
             "map": half[own],
             "scale": scale[own],
-            "features": np.zeros((count, 0), dtype=np.float16),
-            "features_scale": np.ones(count, dtype=np.float32),
+            "features": np.asarray(inner[own]),
+            "features_scale": inner_scale[own],
             "conservation": np.ones(count, dtype=np.float32),
             "reason": [""] * count,
         }
         shards.write(folder, known, shard, rows)
-    del half
-    (folder / "drawn.npy").unlink()
+    del half, inner
+    for drawn in ("drawn.npy", "features.npy"):
+        (folder / drawn).unlink()
 
 
 class Peak:
@@ -127,19 +138,20 @@ def main() -> None:
 @main.command()
 @click.option("--samples", default=1300, show_default=True)
 @click.option("--rounds", default=5, show_default=True)
-def one(samples: int, rounds: int) -> None:
+@click.option("--features", default=0, show_default=True)
+def one(samples: int, rounds: int, features: int) -> None:
     """One class: median seconds, and the peak memory."""
-    maps = maps_of(0, samples)
+    maps, inner = maps_of(0, samples), features_of(0, samples, features)
     analyse_maps(maps[:100])  # what is loaded on first use
     seconds = []
     with Peak() as peak:
         for _ in range(rounds):
             began = time.perf_counter()
-            analyse_maps(maps)
+            analyse_maps(maps, features=inner)
             seconds.append(time.perf_counter() - began)
     click.echo(f"{machine.line(machine.describe(os.cpu_count() or 1))}; load {os.getloadavg()[0]:.1f}")
     click.echo(
-        f"{samples} maps: {np.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f}), "
+        f"{samples} maps with {features} features: {np.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f}), "
         f"peak memory {peak.bytes / 2**30:.2f} GiB"
     )
 
@@ -147,12 +159,13 @@ def one(samples: int, rounds: int) -> None:
 @main.command("all")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 @click.option("--classes", default=1000, show_default=True)
+@click.option("--features", default=0, show_default=True)
 @click.option("--processes", default=2, show_default=True)
 @click.option("--minutes", type=float, default=1e9, help="Stop after this; start again to go on.")
-def all_classes(output: Path, classes: int, processes: int, minutes: float) -> None:
+def all_classes(output: Path, classes: int, features: int, processes: int, minutes: float) -> None:
     """All classes: write the shards where they are not there, then sort them by class and analyse."""
     if not (output / "written").exists():
-        write_shards(output, classes)
+        write_shards(output, classes, features)
         (output / "written").touch()
         click.echo("the shards are written; start again to measure")
         return
