@@ -86,6 +86,20 @@ class TestScreen:
         largest = np.abs(one["relevance"]).max()
         np.testing.assert_allclose(other["relevance"], one["relevance"], rtol=5e-3, atol=2e-3 * largest)
         np.testing.assert_array_equal(other["top5_class"], one["top5_class"])
+        assert one["features"].shape == (12, 4) and other["features"].shape == (12, 0)
+
+    def test_a_saved_explanation_may_tell_of_features(self, folder):
+        screen("--pool", 4)
+        one = rows(folder / "out")
+        from lrpfast import models
+
+        model = models.load("nets:make").model
+        explainer = lrpfast.Explainer(model, torch.rand(2, 3, SIZE, SIZE), record=("0", "@features", "3"))
+        explainer.save("net.pt2")
+        call("screen", "--model", "net.pt2", "--data", "data", "-o", "other", "--workers", 0, "--stage", "explain")
+        other = rows(folder / "other")
+        scale = [found["features_scale"][:, None] for found in (one, other)]
+        np.testing.assert_allclose(other["features"] * scale[1], one["features"] * scale[0], rtol=5e-3, atol=1e-4)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

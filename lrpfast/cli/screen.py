@@ -163,10 +163,11 @@ def logits_of(loaded: Loaded, engine: EngineOptions, *, move: bool = True) -> Ca
 
 
 def _build(loaded: Loaded, engine: EngineOptions) -> Any:
-    from lrpfast.screening.recipes import Runnable, runnable
+    from lrpfast.screening.recipes import Runnable, count_features, runnable
 
     if loaded.program is not None:
-        return Runnable(*setup.make_runnable(loaded, engine))
+        recorded = loaded.program.metadata["recorded"]
+        return Runnable(*setup.make_runnable(loaded, engine), count_features(loaded.program.exported.graph, recorded))
     return runnable(lambda record: setup.make_explainer(loaded, engine, record))
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 from torch.export import ExportedProgram
 
 import lrpfast
@@ -99,12 +100,21 @@ def runnable(make: Callable[[tuple[str, ...]], tuple[lrpfast.Explainer, torch.Te
         From the layers to record to a compiled explainer, and an input that it takes.
     """
     try:
-        explainer, example = make((FEATURES,))
-        *_, recorded = explainer.program.graph.output_node().args[0]
-        features = recorded.meta["val"].shape[1]
+        recorded: tuple[str, ...] = (FEATURES,)
+        explainer, example = make(recorded)
     except InputError:
-        (explainer, example), features = make(()), 0
+        recorded = ()
+        explainer, example = make(recorded)
+    features = count_features(explainer.program.graph, recorded)
     return Runnable(explainer, example.device, example.dtype, features)
+
+
+def count_features(graph: fx.Graph, recorded: Sequence[str]) -> int:
+    """How many channels the layer `FEATURES` has, the last outputs of a graph being the recorded layers; 0 where it is not recorded."""
+    if FEATURES not in recorded:
+        return 0
+    outputs: Any = graph.output_node().args[0]
+    return int(outputs[len(outputs) - len(recorded) + recorded.index(FEATURES)].meta["val"].shape[1])
 
 
 def black(preprocessing: Preprocessing, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
