@@ -440,6 +440,38 @@ def test_last_features_are_those_of_the_layer_before(model, shape, inner, places
     assert distance(found["@features"], found[inner].sum(places)) <= 1e-12
 
 
+class Merged(Tokens):
+    """The same, with all tokens of all samples in one dimension."""
+
+    def forward(self, x):
+        each = self.head(self.embed(x).relu().reshape(-1, 6))
+        return each.reshape(-1, 5, 3).mean(1)
+
+
+class Apart(nn.Module):
+    """Tokens of all samples in one dimension, then those of a sample side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, 6), nn.Linear(30, 3)
+
+    def forward(self, x):
+        return self.head(self.embed(x.reshape(-1, 4)).relu().reshape(-1, 30))
+
+
+def test_features_are_never_those_of_several_samples():
+    x = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = lrpfast.Explainer(Apart().double().eval(), x, "epsilon", record=["@features", "embed"])(x, target=1).layers
+    assert distance(found["@features"], found["embed"].reshape(3, 30)) <= 1e-12
+
+
+def test_features_that_are_of_no_sample_are_refused():
+    with pytest.raises(
+        errors.InputError, match="@features.*by sample; the operation 'linear' in the module 'head' reads"
+    ):
+        lrpfast.Explainer(Merged().eval(), torch.randn(3, 5, 4), "epsilon", record=["@features"])
+
+
 def test_a_model_without_a_last_layer_has_no_features():
     with pytest.raises(errors.InputError, match="@features.*the model has none"):
         lrpfast.Explainer(nn.Sequential(nn.ReLU(), nn.Flatten()), torch.rand(2, 1, 3, 3), record=["@features"])

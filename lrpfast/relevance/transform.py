@@ -14,7 +14,7 @@ from lrpfast.assign import Assignment
 from lrpfast.errors import InputError, UnsupportedOperationError
 from lrpfast.explanation import FEATURES
 from lrpfast.facts import Facts, depends_on_input, prove
-from lrpfast.graph import Builder, Program, describe, is_tensor, operation_name, rank, value
+from lrpfast.graph import Builder, Program, describe, is_tensor, operation_name, rank, same_sizes, value
 from lrpfast.kinds import kinds_of
 from lrpfast.ops import transposes  # noqa: F401  declares the transposes
 from lrpfast.relevance import affine, attention, elementwise, normalisation, pooling, routing  # noqa: F401  register
@@ -82,7 +82,7 @@ def transform(
     walk.send(output, _seed(walk, output, seed, inputs[-1]))
     relevance, layers = _run(walk, order, inputs, recorded)
     if FEATURES in layers:
-        layers[FEATURES] = _by_channel(walk, layers[FEATURES], _last_features(order)[1])
+        layers[FEATURES] = _by_channel(walk, layers[FEATURES], _last_features(order, output)[1])
     results = [output, *(relevance[i] for i in inputs), *(layers[name] for name in recorded)]
     build.graph.output(tuple(results))
     build.graph.eliminate_dead_code()
@@ -165,7 +165,7 @@ def _recorded_values(order: list[fx.Node], output: fx.Node, record: tuple[str, .
     result: dict[str, fx.Node] = {}
     for pattern in record:
         if pattern == FEATURES:
-            result[FEATURES], _ = _last_features(order)
+            result[FEATURES], _ = _last_features(order, output)
             continue
         names = [n for n in leaving if fnmatchcase(n, pattern) or fnmatchcase(n.split("@")[0], pattern)]
         if not names:
@@ -175,15 +175,23 @@ def _recorded_values(order: list[fx.Node], output: fx.Node, record: tuple[str, .
     return result
 
 
-def _last_features(order: list[fx.Node]) -> tuple[fx.Node, int]:
+def _last_features(order: list[fx.Node], output: fx.Node) -> tuple[fx.Node, int]:
     """What the last dense layer or convolution reads, as it was before it was flattened, and its dimension of channels."""
+
+    def by_sample(node: fx.Node) -> bool:
+        return same_sizes(value(node).shape[:1], value(output).shape[:1])
+
     layers = [node for node in order if {"linear", "conv"} & {*kinds_of(node)}]
     if not layers:
         raise InputError(
             f"record: {FEATURES!r} is what the last dense layer reads; the model has none, and no convolution"
         )
     read = found = layers[-1].args[0]
-    while operation_name(found) == "reshape":
+    if not by_sample(read):
+        raise InputError(
+            f"record: {FEATURES!r} is what the last layer reads, by sample; {describe(layers[-1])} reads {list(value(read).shape)}"
+        )
+    while operation_name(found) == "reshape" and by_sample(found.args[0]):
         found = found.args[0]
     return found, rank(found) - 1 if found is read and kinds_of(layers[-1]) == ("linear",) else 1
 

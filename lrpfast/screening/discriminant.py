@@ -44,12 +44,7 @@ def amounts(maps: np.ndarray) -> np.ndarray:
         float64, of the same shape: divided by the median over the maps of the sum of magnitudes. A map of more than `_LOUDEST` times
         that (a denominator near zero somewhere) is brought down to it, since it would outweigh all others.
     """
-    sums = np.abs(maps).sum(axis=tuple(range(1, maps.ndim)), dtype=np.float64)
-    if not sums.any():
-        return np.zeros(maps.shape)
-    usual = float(np.median(sums[sums > 0]))
-    scale = np.maximum(usual, sums / _LOUDEST)
-    return maps / scale.reshape(-1, *[1] * (maps.ndim - 1))
+    return maps / _scales(maps).reshape(-1, *[1] * (maps.ndim - 1))
 
 
 def precision(samples: int) -> type[np.floating[Any]]:
@@ -60,9 +55,12 @@ def precision(samples: int) -> type[np.floating[Any]]:
 def carrying(features: np.ndarray) -> np.ndarray:
     """Reduce the relevance of a class's features, [n, C] real and finite, to `amounts` of those that carry its decisions:
     [n, at most 256] float64, the features whose relevance varies most. An artefact in use adds relevance to some of them."""
-    found = amounts(features)
-    most = np.argsort(-found.var(axis=0), kind="stable")[:_MOST_FEATURES]
-    return found[:, np.sort(most)]
+    scale = _scales(features)[:, None]
+    # Some at a time: a large class has a gigabyte of features in double precision.
+    parts = range(0, features.shape[1], _MOST_FEATURES)
+    varied = [(features[:, part : part + _MOST_FEATURES] / scale).var(axis=0) for part in parts]
+    most = np.argsort(-np.concatenate([*varied, []]), kind="stable")[:_MOST_FEATURES]
+    return features[:, np.sort(most)] / scale
 
 
 def blurred(maps: np.ndarray) -> np.ndarray:
@@ -116,6 +114,14 @@ class Discriminant:
         without = (fitted - leverage * target) / (1 - leverage)
         # Less the intercept, the share of members among the others, which alone would tell who was left out.
         return without - (samples * share - target) / (samples - 1)
+
+
+def _scales(maps: np.ndarray) -> np.ndarray:
+    """What `amounts` divides each map by: [n] float64, 1 where no map has any relevance."""
+    sums = np.abs(maps).sum(axis=tuple(range(1, maps.ndim)), dtype=np.float64)
+    if not sums.any():
+        return np.ones(len(maps))
+    return np.maximum(np.median(sums[sums > 0]), sums / _LOUDEST)
 
 
 def _blur_matrix(side: int) -> np.ndarray:
