@@ -188,15 +188,18 @@ class TestExplain:
     @pytest.mark.parametrize(
         ("options", "expected"),
         [
-            ((), ("epsilon_plus_flat", None, "auto")),
-            (("--composite", "gamma", "--precision", "float16", "--backend", "torch"), ("gamma", "float16", "torch")),
+            ((), ("epsilon_plus_flat", None, "auto", ())),
+            (
+                ("--composite", "gamma", "--precision", "float16", "--backend", "torch"),
+                ("gamma", "float16", "torch", ()),
+            ),
         ],
     )
     def test_options_reach_the_engine(self, folder, monkeypatch, options, expected):
         engine, given = lrpfast.Explainer, []
 
-        def spy(model, example, *, composite, precision, backend):
-            given.append((composite.name, precision, backend))
+        def spy(model, example, *, composite, precision, backend, record):
+            given.append((composite.name, precision, backend, record))
             return engine(model, example, composite=composite, precision=precision, backend=backend)
 
         monkeypatch.setattr(lrpfast, "Explainer", spy)

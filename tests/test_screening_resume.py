@@ -219,10 +219,10 @@ class TestGoingOn:
         assert len(source) == 18
         assert explain_dataset(made, source, tmp_path / "out", shard_size=5, pool=4, workers=0).samples == 18
 
-    @pytest.mark.parametrize("text", ["", "{}", '{"format": 1}', "[1]", '{"format": 2}'])
+    @pytest.mark.parametrize("text", ["", "{}", '{"format": 2}', "[1]", '{"format": 1}'])
     def test_a_damaged_manifest_is_an_error(self, tmp_path, text):
         (tmp_path / "manifest.json").write_text(text)
-        with pytest.raises(ScreeningError, match=r"manifest\.json cannot be read|of format 2"):
+        with pytest.raises(ScreeningError, match=r"manifest\.json cannot be read|of format 1"):
             manifests.read(tmp_path)
 
     def test_a_changed_manifest_is_an_error(self, data, tmp_path):

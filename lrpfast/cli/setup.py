@@ -113,7 +113,12 @@ def make_explainer(
     )
     return (
         lrpfast.Explainer(
-            model, example, composite, options.precision, backend=options.backend or "auto", record=record
+            model,
+            example,
+            composite=composite,
+            precision=options.precision,
+            backend=options.backend or "auto",
+            record=record,
         ),
         example,
     )
