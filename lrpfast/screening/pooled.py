@@ -2,7 +2,7 @@
 
 Maps are summed over channels and averaged over the cells of the pool on the device, right behind the program and before anything is
 copied from it: a map of 224 x 224 pixels and three channels leaves as 28 x 28 numbers of two bytes, a 384th. The engine's program has no
-hook for this and needs none; the two steps are a thousandth of its time.
+hook for this and needs none; the two steps are a thousandth of its time. The relevance of the last features, by channel, leaves with it.
 
 The average over cells is two matrix products, `rows @ map @ columns`, so that it also exists where the side is no multiple of the
 cells: a pixel on a border belongs to both neighbours in proportion. Where it is a multiple, this is average pooling; in each case the
