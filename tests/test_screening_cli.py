@@ -19,6 +19,7 @@ from click.testing import CliRunner
 
 import lrpfast
 from lrpfast.cli import main
+from lrpfast.screening import engines
 from lrpfast.screening.progress import duration
 from tests.screening_data import MODULE, SIZE, command, environment, make, picture, pictures, rows, start
 
@@ -197,6 +198,15 @@ class TestProcess:
         )  # fmt: skip
         assert done.returncode == 130 and "lrpfast: interrupted" in done.stderr, done.stderr
         assert "Traceback" not in done.stderr, done.stderr
+
+    def test_decoding_processes_tell_of_other_errors(self, monkeypatch):
+        told = []
+        monkeypatch.setattr(sys, "excepthook", lambda kind, error, where: told.append(error))
+        engines._silent_when_cut_off(0)
+        errors = [EOFError(), BrokenPipeError(), ValueError("a bug"), MemoryError()]
+        for error in errors:
+            sys.excepthook(type(error), error, None)
+        assert told == errors[2:]
 
     def test_on_a_terminal_there_is_a_bar(self, folder):
         pictures(folder / "data", 30)

@@ -40,7 +40,24 @@ def screen(data, folder, model=None, **options):
     return explain_dataset(made, source, folder, **options)
 
 
+class Everywhere(torch.nn.Module):
+    """Logits of each place of each image, in one dimension, averaged over an image: what the last layer reads is of no sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = torch.nn.Conv2d(3, 4, 1), torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        places = self.inner(x).relu().permute(0, 2, 3, 1).reshape(-1, 4)
+        return self.head(places).reshape(-1, SIZE * SIZE, 3).mean(1)
+
+
 class TestValues:
+    def test_a_model_whose_last_features_are_of_no_sample_is_screened_without(self, data, tmp_path):
+        screen(data, tmp_path, Everywhere().eval())
+        found = rows(tmp_path)
+        assert found["features"].shape == (21, 0) and np.abs(found["relevance"]).max(1).all()
+
     @pytest.mark.parametrize("target", ["label", "prediction"])
     @pytest.mark.parametrize("seed", ["logit", "one"])
     def test_rows_are_what_the_explainer_gives(self, data, tmp_path, target, seed):
