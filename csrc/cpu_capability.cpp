@@ -25,9 +25,22 @@ const Kernels* const avx512_kernels = nullptr;
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
 #endif
+#if defined(LRPFAST_AVX512_BF16)
+Kernels with_bfloat16(Kernels kernels) {
+  kernels.winograd_bfloat16 = winograd_avx512_bf16;
+  return kernels;
+}
+const Kernels with_bfloat16_kernels = with_bfloat16(kernels_avx512);
+const Kernels* const avx512_bf16_kernels = &with_bfloat16_kernels;
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#else
+const Kernels* const avx512_bf16_kernels = nullptr;
+bool has_avx512_bf16() { return false; }
+#endif
 bool always() { return true; }
 
 const Variant variants[] = {  // best first
+    {"avx512_bf16", avx512_bf16_kernels, has_avx512_bf16},
     {"avx512", avx512_kernels, has_avx512},
     {"avx2", avx2_kernels, has_avx2},
     {"default", &kernels_default, always},

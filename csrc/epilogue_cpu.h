@@ -3,24 +3,22 @@
 #pragma once
 
 #include "matrix_cpu.h"
+#include "quotient_cpu.h"
 
 namespace lrpfast {
 namespace {
 
-// carrier * message / S(z) as in ratio_cpu.h: the quotient first.
-template <bool kCarrier, bool kSum>
-inline Lanes ratio_lanes(const Epilogue& e, Lanes z, std::int64_t at) {
+template <bool kCarrier, bool kSum, typename T>
+inline Lanes ratio_lanes(const EpilogueOf<T>& e, Lanes z, std::int64_t at) {
   Lanes message = lanes(e.message_a + at);
   if (kSum) {
     message = message + lanes(e.message_b + at);
   }
-  const Lanes zero = {}, eps = lanes(e.eps);
-  const Lanes stable = z + (z >= zero ? eps : -eps);
-  const Lanes value = kCarrier ? message * (lanes(e.carrier + at) / stable) : message / stable;
-  return e.eps == 0.0f ? (z == zero ? zero : value) : value;
+  return ratio_of<kCarrier>(kCarrier ? lanes(e.carrier + at) : Lanes{}, message, z, e.eps);
 }
 
-inline Lanes ratio_lanes(const Epilogue& e, Lanes z, std::int64_t at) {
+template <typename T>
+inline Lanes ratio_lanes(const EpilogueOf<T>& e, Lanes z, std::int64_t at) {
   if (e.carrier) {
     return e.message_b ? ratio_lanes<true, true>(e, z, at) : ratio_lanes<true, false>(e, z, at);
   }
@@ -28,7 +26,8 @@ inline Lanes ratio_lanes(const Epilogue& e, Lanes z, std::int64_t at) {
 }
 
 // `sum` belongs to `column`, and to the place `at` of the result.
-inline void finish(const Epilogue& e, Lanes sum, std::int64_t column, float* result, std::int64_t at) {
+template <typename T>
+inline void finish(const EpilogueOf<T>& e, Lanes sum, std::int64_t column, T* result, std::int64_t at) {
   if (e.bias) {
     sum = sum + lanes(e.bias + column);
   }

@@ -5,17 +5,16 @@
 // the left factor's value, or one that is given for each place of the result (RULES §2: contributions of one sign). It costs
 // little more than one product. Their panels are [depth][2][kPanel], the row for a positive sign first.
 //
+// Values may be pairs of bfloat16, two neighbours in depth each, whose products are summed in float32: where a processor has an
+// instruction for that (AVX512-BF16) it does twice the work. Depth and strides count pairs then.
+//
 // A block of results stays in registers while the depth is summed up, and is handed over from there. Multiply-adds are fused where
 // the instruction set has them: results agree between sets to rounding, not bit by bit.
 #pragma once
 
-#if defined(__AVX512F__) || defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 #include <type_traits>
 
-#include "cpu_vector.h"
+#include "lanes_cpu.h"
 
 namespace lrpfast {
 namespace {
@@ -25,25 +24,12 @@ constexpr std::int64_t kPanel = 32;
 constexpr std::int64_t kSkew = 16;
 
 #if defined(__AVX512F__)
-constexpr std::int64_t kLanes = 16;
 constexpr int kBlockRows = 14, kBlockLanes = 2, kChosenRows = 7;  // as many masks as registers hold
 #elif defined(__AVX2__)
-constexpr std::int64_t kLanes = 8;
 constexpr int kBlockRows = 6, kBlockLanes = 2, kChosenRows = 5;
 #else
-constexpr std::int64_t kLanes = 4;
 constexpr int kBlockRows = 4, kBlockLanes = 2, kChosenRows = 4;
 #endif
-
-typedef float Lanes __attribute__((vector_size(4 * kLanes)));
-
-inline Lanes lanes(const float* p) {
-  Lanes v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-inline Lanes lanes(float value) { return value - Lanes{}; }
-inline void put(float* p, Lanes v) { std::memcpy(p, &v, sizeof v); }
 
 inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
 #if defined(__AVX512F__)
@@ -54,6 +40,27 @@ inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
   return a * b + c;
 #endif
 }
+
+// c + the products of both values of each pair.
+inline Lanes multiply_add_pairs(Lanes a, Lanes b, Lanes c) {
+#if defined(__AVX512BF16__)
+  return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+#else
+  const Bits x = reinterpret_cast<Bits>(a), y = reinterpret_cast<Bits>(b), upper = 0xffff0000u - Bits{};
+  c = multiply_add(reinterpret_cast<Lanes>(x << 16), reinterpret_cast<Lanes>(y << 16), c);
+  return multiply_add(reinterpret_cast<Lanes>(x & upper), reinterpret_cast<Lanes>(y & upper), c);
+#endif
+}
+
+// A pair everywhere, its bits as they are.
+inline Lanes pair_lanes(const float* p) {
+  std::uint32_t bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return reinterpret_cast<Lanes>(bits - Bits{});
+}
+
+// What a product's factors are: see above.
+enum class Factors { kValues, kBySign, kPairs };
 
 // Memory that is asked for while products are computed, a little at a time: in bursts it would keep them waiting.
 constexpr std::int64_t kLine = 16;   // floats a cache line
@@ -97,9 +104,10 @@ inline bool sign_bit(float value) {
 }
 
 // sink(row, column, lanes) takes `kRows` rows by `kVectors` vectors of the product a b.
-template <bool kBySign, int kRows, int kVectors, typename Sink, typename Fetcher>
+template <Factors kFactors, int kRows, int kVectors, typename Sink, typename Fetcher>
 inline void multiply_block(const float* a, std::int64_t a_stride, const float* b, std::int64_t depth, Sink&& sink,
                            Fetcher&& fetch) {
+  constexpr bool kBySign = kFactors == Factors::kBySign;
   Lanes sum[kRows][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -119,12 +127,20 @@ inline void multiply_block(const float* a, std::int64_t a_stride, const float* b
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const float value = a[i * a_stride + k];
-      const Lanes left = lanes(value);
-      const float* own = b + (sign_bit(value) ? kPanel : 0);
+      if constexpr (kFactors == Factors::kPairs) {
+        const Lanes left = pair_lanes(a + i * a_stride + k);
 #pragma GCC unroll 2
-      for (int j = 0; j < kVectors; ++j) {
-        sum[i][j] = multiply_add(left, kBySign ? lanes(own + j * kLanes) : right[j], sum[i][j]);
+        for (int j = 0; j < kVectors; ++j) {
+          sum[i][j] = multiply_add_pairs(left, right[j], sum[i][j]);
+        }
+      } else {
+        const float value = a[i * a_stride + k];
+        const Lanes left = lanes(value);
+        const float* own = b + (sign_bit(value) ? kPanel : 0);
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; ++j) {
+          sum[i][j] = multiply_add(left, kBySign ? lanes(own + j * kLanes) : right[j], sum[i][j]);
+        }
       }
     }
   }
@@ -187,25 +203,25 @@ void in_blocks(std::int64_t row, std::int64_t rows, Block&& block) {
 }
 
 // The columns of b that kVectors vectors hold.
-template <bool kBySign, int kVectors, typename Sink, typename Fetcher>
+template <Factors kFactors, int kVectors, typename Sink, typename Fetcher>
 void multiply_columns(std::int64_t rows, const float* a, std::int64_t a_stride, const float* b, std::int64_t depth,
                       Sink&& sink, Fetcher&& fetch) {
   in_blocks<kBlockRows>(0, rows, [&](auto number, std::int64_t row) {
     const auto shifted = [&](int i, std::int64_t j, Lanes sum) { sink(row + i, j, sum); };
-    multiply_block<kBySign, number(), kVectors>(a + row * a_stride, a_stride, b, depth, shifted, fetch);
+    multiply_block<kFactors, number(), kVectors>(a + row * a_stride, a_stride, b, depth, shifted, fetch);
   });
 }
 
 // a b for one panel of b: `rows` rows, kPanel columns, of which those from `columns` on are not wanted.
-template <bool kBySign = false, typename Sink, typename Fetcher = NoFetch>
+template <Factors kFactors = Factors::kValues, typename Sink, typename Fetcher = NoFetch>
 void multiply_panel(std::int64_t rows, const float* a, std::int64_t a_stride, const float* panel, std::int64_t depth,
                     std::int64_t columns, Sink&& sink, Fetcher&& fetch = {}) {
   for (std::int64_t column = 0; column < columns; column += kBlockLanes * kLanes) {
     const auto shifted = [&](std::int64_t i, std::int64_t j, Lanes sum) { sink(i, column + j, sum); };
     if (column + kLanes < columns) {
-      multiply_columns<kBySign, kBlockLanes>(rows, a, a_stride, panel + column, depth, shifted, fetch);
+      multiply_columns<kFactors, kBlockLanes>(rows, a, a_stride, panel + column, depth, shifted, fetch);
     } else {
-      multiply_columns<kBySign, 1>(rows, a, a_stride, panel + column, depth, shifted, fetch);
+      multiply_columns<kFactors, 1>(rows, a, a_stride, panel + column, depth, shifted, fetch);
     }
   }
 }

@@ -292,31 +292,38 @@ void run_shares(const Arguments& arguments) {
 using EpilogueTuple = std::tuple<std::uintptr_t, bool, bool, double, double, std::uintptr_t, std::uintptr_t,
                                  std::uintptr_t, double>;
 
-Epilogue epilogue(const EpilogueTuple& given) {
+template <typename T = float>
+lrpfast::EpilogueOf<T> epilogue(const EpilogueTuple& given) {
   const auto& [bias, add, clamp, low, high, carrier, message_a, message_b, eps] = given;
-  return {floats(bias),    add,
-          clamp,           static_cast<float>(low), static_cast<float>(high),
-          floats(carrier), floats(message_a),       floats(message_b),
+  return {floats(bias),
+          add,
+          clamp,
+          static_cast<float>(low),
+          static_cast<float>(high),
+          reinterpret_cast<const T*>(carrier),
+          reinterpret_cast<const T*>(message_a),
+          reinterpret_cast<const T*>(message_b),
           static_cast<float>(eps)};
 }
 
+template <typename T, void (*lrpfast::Kernels::*kKernel)(const WinogradArguments<T>&, std::int64_t, std::int64_t)>
 void winograd(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t result, std::uintptr_t workspace,
               std::int64_t images, Pair size, Pair out_size, Pair padding, std::int64_t channels, std::int64_t filters,
               std::int64_t block, std::int64_t chunk, EpilogueTuple then, int threads) {
-  run_shares<WinogradArguments, &lrpfast::Kernels::winograd>({floats(input),
-                                                              floats(weight),
-                                                              reinterpret_cast<float*>(result),
-                                                              reinterpret_cast<float*>(workspace),
-                                                              images,
-                                                              {size[0], size[1]},
-                                                              {out_size[0], out_size[1]},
-                                                              {padding[0], padding[1]},
-                                                              channels,
-                                                              filters,
-                                                              block,
-                                                              chunk,
-                                                              threads,
-                                                              epilogue(then)});
+  run_shares<WinogradArguments<T>, kKernel>({reinterpret_cast<const T*>(input),
+                                             reinterpret_cast<const T*>(weight),
+                                             reinterpret_cast<T*>(result),
+                                             reinterpret_cast<float*>(workspace),
+                                             images,
+                                             {size[0], size[1]},
+                                             {out_size[0], out_size[1]},
+                                             {padding[0], padding[1]},
+                                             channels,
+                                             filters,
+                                             block,
+                                             chunk,
+                                             threads,
+                                             epilogue<T>(then)});
 }
 
 // given, filter_stride, channel_stride, tap_strides, filters, channels, factors, factor_of_channel, scales
@@ -445,7 +452,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("pool_dgrad", &pool_dgrad, py::call_guard<py::gil_scoped_release>());
   m.def("depthwise", &depthwise, py::call_guard<py::gil_scoped_release>());
   m.def("pointwise", &pointwise, py::call_guard<py::gil_scoped_release>());
-  m.def("winograd", &winograd, py::call_guard<py::gil_scoped_release>());
+  m.def("winograd", &winograd<float, &lrpfast::Kernels::winograd>, py::call_guard<py::gil_scoped_release>());
+  m.def("winograd_bfloat16", &winograd<std::uint16_t, &lrpfast::Kernels::winograd_bfloat16>,
+        py::call_guard<py::gil_scoped_release>());
   m.def("winograd_filters", &winograd_filters, py::call_guard<py::gil_scoped_release>());
   m.def("convolution", &convolution, py::call_guard<py::gil_scoped_release>());
 #if LRPFAST_CUDA_BUILT
@@ -454,7 +463,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_dense_ratio_dgrad", &cuda_dense_ratio_dgrad, py::call_guard<py::gil_scoped_release>());
 #endif
   m.def("build_info", &build_info, "Compiler, version, and whether CUDA was built in, or why not.");
-  m.def("cpu_capability", &lrpfast::cpu_capability, "The instruction set in use: default, avx2 or avx512.");
+  m.def("cpu_capability", &lrpfast::cpu_capability, "The instruction set in use: default, avx2, avx512 or avx512_bf16.");
   m.def("limit_cpu_capability", &lrpfast::limit_cpu_capability, py::arg("limit").none(true),
         "Use no instruction set above this one. False if there is none of that name.");
   m.def(

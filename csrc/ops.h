@@ -110,29 +110,33 @@ struct PoolDgradArguments {
   bool count_padding;
 };
 
-// What becomes of the sums of a product of matrices before they are written. Operands lie as the result does.
-struct Epilogue {
+// What becomes of the sums of a product of matrices before they are written. Operands lie as the result does. T: float, or
+// bfloat16 as std::uint16_t; bias and computation are in float32.
+template <typename T>
+struct EpilogueOf {
   const float* bias;  // one a column, added; null: none
   bool add;           // to what the result holds
   bool clamp;         // to [low, high]; a NaN stays
   float low, high;
   // Given message_a: result = carrier * (message_a + message_b) / S(sum), see RatioArguments; carrier and message_b may be null.
-  const float *carrier, *message_a, *message_b;
+  const T *carrier, *message_a, *message_b;
   float eps;
 };
+using Epilogue = EpilogueOf<float>;
 
-// result = convolution of images with 3 x 3 filters, stride 1 (winograd_cpu.h): channels-last, float32. Channels are a multiple
+// result = convolution of images with 3 x 3 filters, stride 1 (winograd_cpu.h): channels-last; T as above. Channels are a multiple
 // of 16, filters of 32.
+template <typename T>
 struct WinogradArguments {
-  const float* input;   // [images, size, channels]
-  const float* weight;  // G g G', [16][filters / 32][channels][32]
-  float* result;        // [images, out_size, filters]
-  float* workspace;     // shares * 16 * block * (channels + chunk + 32) floats
+  const T* input;   // [images, size, channels]
+  const T* weight;  // G g G', [16][filters / 32][channels][32]; of bfloat16 pairs of channels, [..][channels / 2][32][2]
+  T* result;        // [images, out_size, filters]
+  float* workspace;  // shares * 16 * block * (channels + chunk + 32) floats, of bfloat16 (channels / 2 + ..)
   std::int64_t images, size[2], out_size[2], padding[2], channels, filters;
   std::int64_t block;   // tiles that are worked on at a time
   std::int64_t chunk;   // filters that are worked on at a time, a multiple of 32
   std::int64_t shares;  // parts that tiles are dealt into, one a thread
-  Epilogue epilogue;
+  EpilogueOf<T> epilogue;
 };
 
 // Filters as they are given. A value counts as its product with its filter's factor, and as scales[0] times that where it is positive,
@@ -201,7 +205,8 @@ struct Kernels {
   void (*channel_sum)(const ChannelSumArguments&, std::int64_t begin, std::int64_t end);
   void (*max_pool)(const MaxPoolArguments&, std::int64_t begin, std::int64_t end);
   void (*pool_dgrad)(const PoolDgradArguments&, std::int64_t begin, std::int64_t end);
-  void (*winograd)(const WinogradArguments&, std::int64_t begin, std::int64_t end);    // shares
+  void (*winograd)(const WinogradArguments<float>&, std::int64_t begin, std::int64_t end);                   // shares
+  void (*winograd_bfloat16)(const WinogradArguments<std::uint16_t>&, std::int64_t begin, std::int64_t end);  // shares
   void (*winograd_filters)(const FilterArguments&, std::int64_t begin, std::int64_t end);  // panels of 32 filters
   void (*pointwise)(const PointwiseArguments&, std::int64_t begin, std::int64_t end);  // shares
   void (*convolution)(const ConvolutionArguments&, std::int64_t begin, std::int64_t end);  // shares
@@ -212,6 +217,9 @@ extern const Kernels kernels_default;
 #if defined(LRPFAST_X86_VARIANTS)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+#endif
+#if defined(LRPFAST_AVX512_BF16)
+void winograd_avx512_bf16(const WinogradArguments<std::uint16_t>&, std::int64_t begin, std::int64_t end);
 #endif
 
 }  // namespace lrpfast

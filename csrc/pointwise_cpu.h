@@ -46,7 +46,8 @@ void multiply_rows(const PointwiseArguments& a, const float* rows, std::int64_t 
       if constexpr (kSign == BySign::kGiven) {
         multiply_chosen_panel(count, rows + k, stride, weight, depth, columns, signs + panel, width, sink, fetch);
       } else {
-        multiply_panel<kSign == BySign::kInput>(count, rows + k, stride, weight, depth, columns, sink, fetch);
+        constexpr Factors kFactors = kSign == BySign::kInput ? Factors::kBySign : Factors::kValues;
+        multiply_panel<kFactors>(count, rows + k, stride, weight, depth, columns, sink, fetch);
       }
     }
   }

@@ -81,11 +81,25 @@ def canonicalise(program: Program, dtype: torch.dtype | None = None) -> Program:
 def _constant(builder: Builder, constants: Constants, name: str, dtype: torch.dtype | None) -> fx.Node:
     if _cast(constants[name], dtype) is constants[name]:
         return builder.constant(constants[name], name)
-    return builder.derived(("cast", name), lambda: _cast(constants[name], dtype), name)
+    node = builder.derived(("cast", name), lambda: _cast(constants[name], dtype), name)
+    if constants[name].dtype is torch.float32:
+        builder.constants.fold(node.target, Filters(constants[name]))  # kernels round it once, whatever is made of it
+    return node
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def _given(builder: Builder, node: fx.Node) -> torch.Tensor | None:
+    """A constant as the model has it, in its own dtype; None where it is derived in another way than by a cast."""
+    filters = builder.constants.filters(node.target)
+    return None if filters is None or filters.factors is not None else filters.weight
+
+
+def _uncast(builder: Builder, node: fx.Node) -> torch.Tensor:
+    given = _given(builder, node)
+    return builder.tensor(node) if given is None else given
 
 
 def _cast_fake(program: Program, fake: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -229,7 +243,7 @@ def _batch_norm(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> A
             "sample's map would depend on its neighbours"
         )
     eps = args[-2] if name == "batch_norm" else args[-1]
-    statistics = [None if n is None else builder.tensor(n) for n in (weight, bias, mean, var)]
+    statistics = [None if n is None else _uncast(builder, n) for n in (weight, bias, mean, var)]
     folded = _fold(builder, node, x, statistics, eps)
     result = folded or builder.call(aten.batch_norm.default, x, weight, bias, mean, var, False, 0.0, eps, False)
     return result if name == "batch_norm" else _Parts([result, None, None])
@@ -247,21 +261,23 @@ def _fold(builder: Builder, node: fx.Node, layer: fx.Node, statistics: list, eps
     scale, shift = batch_norm_affine(statistics, eps)
     transposed, groups = convolution and layer.args[6], layer.args[8] if convolution else 1
 
+    dtype = value(weight).dtype
+    given = _given(builder, weight)
     make = builder.constants.maker(weight.target)
 
     def new_weight() -> torch.Tensor:
-        old = make()
-        return _scale_outputs(old.double(), scale, transposed, groups).to(old.dtype)
+        old = make() if given is None else given
+        return _scale_outputs(old.double(), scale, transposed, groups).to(dtype)
 
-    old_bias = torch.zeros_like(shift) if bias is None else builder.tensor(bias).double()
-    new_bias = (old_bias * scale + shift).to(builder.tensor(weight).dtype)
+    old_bias = torch.zeros_like(shift) if bias is None else _uncast(builder, bias).double()
+    new_bias = (old_bias * scale + shift).to(dtype)
     path, builder.path = builder.path, layer.meta["path"]
     nodes = [
         builder.derived(("folded", node.name), new_weight, f"{weight.target}_folded"),
         builder.constant(new_bias, f"{weight.target}_folded_bias"),
     ]
-    if not (transposed or builder.constants.is_derived(weight.target)):
-        builder.constants.fold(nodes[0].target, Filters.of(builder.tensor(weight), scale))
+    if given is not None and not transposed:
+        builder.constants.fold(nodes[0].target, Filters.of(given, scale))
     folded = builder.call(layer.target, layer.args[0], *nodes, *layer.args[3:])
     builder.path = path
     folded.meta["aliases"] = (*layer.meta.get("aliases", ()), path)

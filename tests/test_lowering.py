@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lrpfast
 from lrpfast import graph
 from lrpfast.graph import Constants
-from lrpfast.ops import native
+from lrpfast.ops import native, products
 from lrpfast.ops.filters import Filters
 from lrpfast.ops.products import Direct, Winograd
 from lrpfast.runtime import convolutions
@@ -363,6 +363,86 @@ def test_large_weights_that_are_transformed_at_each_call_give_the_same(
     assert all(isinstance(layer.weight, Filters) for layer in layers)
     assert {layer.weight.transposed for layer in layers} == {True, False}  # layers, and transposes
     assert_as_good_as_torchs(found.relevance, model, x, how)
+
+
+class Normed(nn.Module):
+    """3 x 3 layers with batch norms that are not their beginning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers: list[nn.Module] = []
+        for inputs, outputs in ((3, 32), (32, 64), (64, 64)):
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+        self.layers, self.head = nn.Sequential(*layers), nn.Linear(64, 5)
+        for norm in self.layers[1::3]:
+            assert isinstance(norm, nn.BatchNorm2d)
+            for tensor, low, high in ((norm.weight, 0.5, 2.0), (norm.bias, -1.0, 1.0), (norm.running_var, 0.3, 3.0)):
+                nn.init.uniform_(tensor, low, high)
+            nn.init.normal_(norm.running_mean)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("composite", ["epsilon_plus", "epsilon_alpha2_beta1"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_bfloat16_by_winograd(composite: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No farther from float64 than torch's convolutions are in bfloat16. The kernels run without the instructions as well."""
+    model = Normed().eval()
+    x = torch.randn(batch, 3, 17, 15, generator=torch.Generator().manual_seed(1))
+    exact = lrpfast.explain(copy.deepcopy(model).double(), x.double(), target=2, composite=composite).relevance
+    distances, operations = {}, {}
+    for fast in (True, False):
+        monkeypatch.setattr(products, "multiplies_bfloat16", lambda fast=fast: fast)
+        how = {"composite": composite, "precision": "bfloat16", "autotune": False}
+        explainer = lrpfast.Explainer(model, x, **how)
+        found = explainer(x, target=2).relevance.double()
+        distances[fast] = (torch.linalg.vector_norm(found - exact) / torch.linalg.vector_norm(exact)).item()
+        operations[fast] = {step.operation for step in explainer.profile(x, repeats=1)}
+    expected = {"relu (by Winograd, with its ReLU)", "conv_dgrad (by Winograd)"}
+    if composite == "epsilon_plus":
+        expected.add("ratio (in a convolution by Winograd)")
+    assert expected <= operations[True]
+    assert not any("Winograd" in operation for operation in operations[False])
+    assert distances[True] < 0.03
+    assert distances[True] < 1.5 * distances[False]
+
+
+@pytest.mark.parametrize("laid_out", [False, True])
+def test_bfloat16_rounds_a_folded_weight_once(laid_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: laid_out)
+    model, x = Normed().eval(), torch.randn(2, 3, 9, 9)
+    explainer = lrpfast.Explainer(model, x, composite="epsilon_plus", precision="bfloat16", autotune=False)
+    explainer(x, target=1)
+    (compiled,) = explainer._compiled.values()
+    convolution, norm = model.layers[3], model.layers[4]
+    assert isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+    factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    exact = convolution.weight.detach().double() * factor.detach()[:, None, None, None]
+    if laid_out:
+        steps = compiled.executor(compiled.default_seed, False, 2).steps
+        layers = (arg for step in steps for arg in step.args if isinstance(arg, Winograd))
+        exact = Winograd.of(exact, [1, 1]).weight.double()
+        weights = [w.weight.transpose(3, 4).flatten(2, 3).double() for w in layers]
+    else:
+        constants = (node for node in compiled.program.graph.nodes if node.op == "get_attr")
+        weights = [compiled.program.constants[node.target].double() for node in constants]
+    nearest = min(torch.linalg.vector_norm(w - exact) for w in weights if w.shape == exact.shape)
+    assert nearest < 1.01 * torch.linalg.vector_norm(exact.bfloat16() - exact)
+
+
+def test_a_large_weight_that_is_cast_is_not_read_as_it_was() -> None:
+    """For one image large weights are read where the model has them: not where they are of another dtype there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 25, 4)
+    )
+    x = torch.randn(1, 3, 9, 9)
+    assert model[2].weight.nbytes >= convolutions._LARGE_FOR_ONE
+    single = lrpfast.Explainer(model, x, composite="epsilon_plus")(x, target=1).relevance
+    cast = lrpfast.Explainer(model.double(), x.double(), composite="epsilon_plus", precision="float32")
+    torch.testing.assert_close(cast(x.double(), target=1).relevance.float(), single, rtol=1e-4, atol=1e-6)
 
 
 class Folded(nn.Module):

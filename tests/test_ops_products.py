@@ -86,6 +86,64 @@ def test_winograd(sizes: tuple, bias: bool, relu: bool) -> None:
         assert_as_exact(found, direct.relu() if relu else direct, exact.relu() if relu else exact, squares)
 
 
+@given(sizes=winograd_sizes, bias=st.booleans(), relu=st.booleans())
+@settings(max_examples=40)
+def test_winograd_in_bfloat16(sizes: tuple, bias: bool, relu: bool) -> None:
+    """Of a weight in float32, as torch's own convolution in bfloat16 has it rounded. What is free on few values: 10 bits a term."""
+    batch, channels, filters, height, width, padding = sizes
+    x, weight = images(batch, channels, height, width).bfloat16(), draw(filters, channels, 3, 3, seed=1)
+    shift = draw(filters, seed=2).bfloat16() if bias else None
+    exact = F.conv2d(x.double(), weight.double(), None if shift is None else shift.double(), padding=padding)
+    direct = F.conv2d(x, weight.bfloat16(), shift, padding=padding)
+    if relu:
+        exact, direct = exact.relu(), direct.relu()
+    free = 2**-10 * squared(x, weight, padding=padding).sum().sqrt()
+    turned = weight.transpose(0, 1).flip(2, 3)  # the layer that this one is the transpose of
+    for filters_of in (Filters(weight), Filters(turned, transposed=True), Filters(weight.double())):
+        layer = Winograd.in_bfloat16(filters_of, padding)
+        found = products.convolution(layer, x, shift, RELU if relu else None)
+        assert found.shape == exact.shape and found.dtype is torch.bfloat16
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        own, torchs = (torch.linalg.vector_norm(t.double() - exact) for t in (found, direct))
+        assert own <= 2 * torchs + free
+
+
+def integers(*shape: int, most: int, seed: int) -> Tensor:
+    drawn = torch.randint(-most, most + 1, shape, generator=torch.Generator().manual_seed(seed)).float()
+    return drawn.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else drawn
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_bfloat16_is_rounded_at_the_end_alone(capability: str, padding: int) -> None:
+    """Integers that no step but the last can round: every bit, of all that may follow in the call, with any number of threads."""
+    x, weight = integers(2, 48, 9, 12, most=2, seed=0), 4 * integers(64, 48, 3, 3, most=2, seed=1)
+    shift = integers(64, most=9, seed=2)
+    z = F.conv2d(x.double(), weight.double(), shift.double(), padding=padding).float()
+    before, carrier, a, b = (integers(*z.shape, most=100, seed=seed) for seed in (3, 4, 5, 6))
+    layer = Winograd.in_bfloat16(Filters(weight), [padding] * 2)
+    x, shift_16, before_16, carrier_16, a_16, b_16 = (t.bfloat16() for t in (x, shift, before, carrier, a, b))
+    stable = z + torch.where(z >= 0, 0.25, -0.25)
+    threads = torch.get_num_threads()
+    assert native.extension is not None
+    try:
+        assert native.extension.limit_cpu_capability(capability)
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(products.convolution(layer, x, shift_16), z.bfloat16())
+            assert torch.equal(products.convolution(layer, x, shift_16, (-50.0, 70.0)), z.clamp(-50, 70).bfloat16())
+            added = products.convolution_add_(before_16.clone(memory_format=torch.preserve_format), layer, x)
+            assert torch.equal(added, (before + z - shift[:, None, None]).bfloat16())
+            for by, other in ((None, None), (carrier_16, None), (None, b_16), (carrier_16, b_16)):
+                total = a if other is None else a + b
+                expected = total / stable if by is None else total * (carrier / stable)
+                found = products.convolution_ratio(layer, x, shift_16, by, a_16, other, 0.25, None)
+                assert torch.equal(found, expected.bfloat16())
+    finally:
+        torch.set_num_threads(threads)
+        native.extension.limit_cpu_capability(None)
+
+
 def test_winograd_takes_what_it_fits_alone() -> None:
     good = ((64, 32, 3, 3), (7, 7), [1, 1], [1, 1], [1, 1], 1)
     assert Winograd.fits(*good)
@@ -119,10 +177,13 @@ def test_winograd_rounds_no_worse_on_the_sums_of_real_layers() -> None:
     assert worst[0] <= 2 * worst[1]
 
 
-def test_a_window_of_zeros_gives_zero_beside_large_values() -> None:
-    x = images(1, 16, 12, 12) * 1e6
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_window_of_zeros_gives_zero_beside_large_values(dtype: torch.dtype) -> None:
+    x, weight = (images(1, 16, 12, 12) * 1e6).to(dtype), draw(32, 16, 3, 3, seed=1)
     x[..., 4:9, 3:8] = 0
-    found = products.convolution(Winograd.of(draw(32, 16, 3, 3, seed=1), [0, 0]), x, None)
+    narrow = dtype is torch.bfloat16
+    layer = Winograd.in_bfloat16(Filters(weight), [0, 0]) if narrow else Winograd.of(weight, [0, 0])
+    found = products.convolution(layer, x, None)
     assert (found[..., 4:7, 3:6] == 0).all()
     assert (found != 0).sum() == found.numel() - 32 * 9
 
@@ -132,6 +193,7 @@ def test_nan_reaches_the_windows_that_hold_it_and_no_others() -> None:
     x[1, 3, 4, 5] = float("nan")
     for layer, reach in (
         (Winograd.of(draw(32, 16, 3, 3, seed=1), [1, 1]), 1),
+        (Winograd.in_bfloat16(Filters(draw(32, 16, 3, 3, seed=1)), [1, 1]), 1),
         (Pointwise.of(draw(5, 16, 1, 1), [1, 1]), 0),
         (Pointwise.of_two(draw(5, 16, 1, 1), draw(5, 16, 1, 1, seed=1), [1, 1]), 0),
         (Depthwise.of(draw(16, 1, 3, 3), [1, 1], [1, 1], [1, 1]), 1),
@@ -139,7 +201,8 @@ def test_nan_reaches_the_windows_that_hold_it_and_no_others() -> None:
         expected = torch.zeros(2, 9, 9, dtype=torch.bool)
         expected[1, 4 - reach : 5 + reach, 5 - reach : 6 + reach] = True
         for clamp in (None, RELU, (0.0, 6.0)):
-            found = products.convolution(layer, x, None, clamp).isnan()
+            narrow = isinstance(layer, Winograd) and layer.weight.dtype is torch.bfloat16
+            found = products.convolution(layer, x.bfloat16() if narrow else x, None, clamp).isnan()
             one_channel = isinstance(layer, Depthwise)
             assert torch.equal(found[:, 3] if one_channel else found.all(1), expected)
             assert torch.equal(found.any(1), expected)
@@ -388,7 +451,7 @@ def test_every_instruction_set_and_number_of_threads(kind: str) -> None:
     assert extension is not None
     threads = torch.get_num_threads()
     try:
-        for name in ("default", "avx2", "avx512"):
+        for name in ("default", "avx2", "avx512", "avx512_bf16"):
             assert extension.limit_cpu_capability(name)
             results = []
             for count in (1, 2, 3):

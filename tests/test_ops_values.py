@@ -408,7 +408,7 @@ def test_every_instruction_set_gives_the_same(native_alone):
     carrier, message, denominator = operands(LARGE, torch.float32, _channels_last)
     results = {}
     try:
-        for name in ("default", "avx2", "avx512"):
+        for name in ("default", "avx2", "avx512", "avx512_bf16"):
             assert native_alone.extension.limit_cpu_capability(name)
             for dtype in (torch.float32, torch.bfloat16):
                 c, m = carrier.to(dtype), message.to(dtype)

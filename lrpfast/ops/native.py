@@ -33,7 +33,7 @@ def _load() -> tuple[ModuleType | None, str]:
     limit = os.environ.get("LRPFAST_CPU_CAPABILITY")
     if limit and not _C.limit_cpu_capability(limit):
         warnings.warn(
-            f"LRPFAST_CPU_CAPABILITY={limit!r} is none of 'default', 'avx2', 'avx512' and is ignored",
+            f"LRPFAST_CPU_CAPABILITY={limit!r} is none of 'default', 'avx2', 'avx512', 'avx512_bf16' and is ignored",
             RuntimeWarning,
             stacklevel=2,
         )

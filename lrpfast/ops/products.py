@@ -1,11 +1,13 @@
-"""Convolutions of our own, in C++, with what follows them elementwise in the same call: float32, channels-last.
+"""Convolutions of our own, in C++, with what follows them elementwise in the same call: float32, and 3 x 3 layers in bfloat16 as
+well; channels-last.
 
 Four kinds of layers, the first three with their weights laid out once:
 
 - `Winograd`: 3 x 3 filters, stride 1, by Winograd's minimal filtering F(2 x 2, 3 x 3) (csrc/winograd_cpu.h). It takes 4 / 9 of the
   multiplications of the direct form, half its time on large layers, and rounds no worse: sums are nine times shorter. Larger
   tiles, which would save more, lose digits. A value of the result depends on its own window alone, in rounding errors too: a
-  window of zeros gives zero exactly. Infinities may come out as NaN.
+  window of zeros gives zero exactly. Infinities may come out as NaN. In bfloat16 only the transformed tiles and filters are
+  rounded, and the result: the error is that of rounding operands, times 5 / 3.
 - `Pointwise`: 1 x 1 filters, a product of matrices (csrc/pointwise_cpu.h). It also takes the positive part of a layer with signed
   input (RULES §2: ``W⁺x⁺ + W⁻x⁻``), and its transpose, in one product.
 - `Depthwise`: one filter a channel, of any window, or the transpose of such a layer (csrc/depthwise_cpu.h). It is bound by memory.
@@ -52,9 +54,14 @@ def is_fast() -> bool:
     return native.extension is not None and native.extension.cpu_capability() != "default"
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 faster than float32."""
+    return native.extension is not None and native.extension.cpu_capability() == "avx512_bf16"
+
+
 def takes(x: Tensor) -> bool:
-    """Whether values of this tensor's dtype and device can be read; a fake tensor will do."""
-    return native.takes(x) and x.dtype is torch.float32 and x.dim() == 4
+    """Whether values of this tensor's dtype and device can be read; a fake tensor will do. Bfloat16 is for `Winograd` alone."""
+    return native.takes(x) and x.dim() == 4
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,7 +71,8 @@ class Winograd:
     Attributes
     ----------
     weight
-        G g Gᵀ of each filter, ``[16, K / 32, C, 32]``; or the filters ``[K, C, 3, 3]``, to be transformed at each call.
+        G g Gᵀ of each filter, ``[16, K / 32, C, 32]``; or the filters ``[K, C, 3, 3]``, to be transformed at each call; or for values
+        in bfloat16 pairs of channels, ``[16, K / 32, C / 2, 32, 2]``, bfloat16.
     padding
         0, 1 or 2, of height and width.
     """
@@ -94,12 +102,19 @@ class Winograd:
             laid_out[:, panel] = both.permute(2, 3, 1, 0).reshape(16, channels, PANEL)
         return cls(laid_out, tuple(padding))
 
+    @classmethod
+    def in_bfloat16(cls, filters: Filters, padding: Sequence[int]) -> Winograd:
+        """Lay out filters for values in bfloat16, rounded once, when they are transformed."""
+        filters = dataclasses.replace(filters, weight=filters.weight.float())
+        pairs = filters.transformed().unflatten(2, (-1, 2)).transpose(3, 4)
+        return cls(pairs.to(torch.bfloat16, memory_format=torch.contiguous_format), tuple(padding))
+
     def empty(self, x: Tensor) -> Tensor:
         """Memory for the result."""
         size = [n + 2 * p - 2 for n, p in zip(x.shape[2:], self.padding, strict=True)]
         weight = self.weight
         filters = weight.shape[0] if isinstance(weight, Filters) else weight.shape[1] * PANEL
-        return _images(x.shape[0], filters, size)
+        return _images(x.shape[0], filters, size, x.dtype)
 
     def run(self, x: Tensor, out: Tensor, then: _Then) -> Tensor:
         assert native.extension is not None
@@ -108,8 +123,10 @@ class Winograd:
         chunk, threads = min(_CHUNK, filters), torch.get_num_threads()
         tiles = out.shape[0] * math.prod(-(-n // 2) for n in out.shape[2:])
         block = max(1, min(_TILES, -(-tiles // threads)))
-        workspace = torch.empty(threads * 16 * block * (channels + chunk + 2 * _SKEW))
-        native.extension.winograd(
+        narrow = weight.dtype is torch.bfloat16
+        depth = channels // 2 if narrow else channels
+        workspace = torch.empty(threads * 16 * block * (depth + chunk + 2 * _SKEW))
+        (native.extension.winograd_bfloat16 if narrow else native.extension.winograd)(
             x.data_ptr(), weight.data_ptr(), out.data_ptr(), workspace.data_ptr(), x.shape[0], x.shape[2:],
             out.shape[2:], self.padding, channels, filters, block, chunk, then, threads,
         )  # fmt: skip
@@ -185,8 +202,8 @@ def _panels(weight: Tensor) -> Tensor:
     return padded.unflatten(0, (-1, PANEL)).mT.contiguous()
 
 
-def _images(batch: int, channels: int, size: Sequence[int]) -> Tensor:
-    return torch.empty((batch, channels, *size), memory_format=torch.channels_last)
+def _images(batch: int, channels: int, size: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty((batch, channels, *size), dtype=dtype, memory_format=torch.channels_last)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -300,7 +317,7 @@ Product = Winograd | Pointwise | Depthwise | Direct
 
 def convolution(layer: Product, x: Tensor, bias: Tensor | None, clamp: Clamp | None = None) -> Tensor:
     """The layer on images ``[N, C, H, W]``, and a clamp, of which a ReLU is one."""
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
     return layer.run(_laid_out(x), layer.empty(x), _then(bias, clamp=clamp))
 
 
@@ -317,7 +334,7 @@ def convolution_ratio(
     over = out is not None and out.is_contiguous(memory_format=torch.channels_last)
     result = out if out is not None and over else layer.empty(x)
     shape = result.shape
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
     by, a, b = (_operand(t, shape) for t in (carrier, message_a, message_b))
     return layer.run(_laid_out(x), result, _then(bias, carrier=by, message_a=a, message_b=b, eps=eps))
 

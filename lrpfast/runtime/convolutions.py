@@ -120,7 +120,7 @@ class Convolutions:
         make = self._own_layer(convolution) if isinstance(layer, fx.Node) else self._signed_layer(layer)
         carrier, message, *other = node.args[:-2]
         operands = [t for t in (carrier, message, *other) if t is not None]
-        if make is None or any(value(t).dtype is not torch.float32 for t in operands):
+        if make is None or any(value(t).dtype is not value(x).dtype for t in operands):
             return None
 
         def own(made: Product) -> list[Step]:
@@ -213,10 +213,13 @@ class Convolutions:
             return None
         if is_forward and not self._takes(node) or weight.op != "get_attr" or rank(weight) != 4:
             return None
+        narrow = value(x).dtype is torch.bfloat16
+        if narrow and not products.multiplies_bfloat16():
+            return None
         shape, sizes = tuple(value(weight).shape), static_sizes(x, (2, 3))
         stride, padding, dilation, groups = (node.args[i] for i in ((3, 4, 5, 8) if is_forward else (3, 4, 5, 6)))
         windows = (tuple(stride), tuple(padding), tuple(dilation), None if is_forward else tuple(node.args[2]))
-        if Depthwise.fits(shape, groups):
+        if Depthwise.fits(shape, groups) and not narrow:
             make = functools.partial(self._prepare, weight, f"depthwise {windows}", lambda t: Depthwise.of(t, *windows))
             return _OWN[Depthwise], make
         at_call = self._is_made_at_call(weight) and Direct.fits(shape, groups) and not by_sign
@@ -233,6 +236,11 @@ class Convolutions:
         kind = f"{'' if is_forward else 'flipped '}{stride} {padding}"
         too_few = at_call and self._tiles(sizes) < _TILES_FOR_ONE  # to be worth transforming a weight
         if Winograd.fits(shape, sizes, stride, padding, dilation, groups) and not too_few:
+            if narrow:
+                return _OWN[Winograd], functools.partial(
+                    self._prepare, weight, f"winograd {kind}",
+                    lambda t: Winograd.in_bfloat16(self._filters(weight, not is_forward), padding),
+                )  # fmt: skip
             if at_call or self._transforms_at_call(shape, sizes):
                 return _OWN[Winograd], lambda: Winograd(self._filters(weight, not is_forward), tuple(padding))
             make = functools.partial(
@@ -241,7 +249,7 @@ class Convolutions:
             return _OWN[Winograd], make
         if at_call:
             return direct
-        if Pointwise.fits(shape, padding, groups):
+        if Pointwise.fits(shape, padding, groups) and not narrow:
             make = functools.partial(
                 self._prepare, weight, f"product {kind}", lambda t: Pointwise.of(arranged(t), stride)
             )
@@ -258,7 +266,8 @@ class Convolutions:
 
     def _is_made_at_call(self, weight: fx.Node) -> bool:
         """Whether a weight is so large beside the values of a batch that no other form of it is kept."""
-        large = self.batch == 1 and self._compiled and value(weight).nbytes >= _LARGE_FOR_ONE
+        weighs = value(weight)
+        large = self.batch == 1 and self._compiled and weighs.nbytes >= _LARGE_FOR_ONE and weighs.dtype is torch.float32
         return large and self._constants.filters(weight.target) is not None
 
     def _filters(self, node: fx.Node, transposed: bool) -> Filters:

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <thread>
@@ -307,15 +308,56 @@ void test_winograd(std::int64_t height, std::int64_t width, std::int64_t padding
   auto result = poison(images * out[0] * out[1] * filters), workspace = poison(threads * 16 * block * (channels + chunk + 32));
   const auto message = draw(static_cast<std::int64_t>(result.size()));
   const Epilogue epilogue = {nullptr, false, false, 0, 0, nullptr, message.data(), nullptr, 0.5f};
-  const WinogradArguments arguments = {x.data(), laid_out.data(), result.data(), workspace.data(), images,
+  const WinogradArguments<float> arguments = {x.data(), laid_out.data(), result.data(), workspace.data(), images,
                                        {size[0], size[1]}, {out[0], out[1]}, {padding, padding}, channels, filters,
                                        block, chunk, threads, epilogue};
-  run<WinogradArguments, &Kernels::winograd>(arguments, threads, 1, threads);
+  run<WinogradArguments<float>, &Kernels::winograd>(arguments, threads, 1, threads);
   for (std::size_t i = 0; i < result.size(); ++i) {
     const std::int64_t filter = i % filters, z = i / filters % out[1], y = i / filters / out[1] % out[0];
     const double sum = convolved(x, weight, size, channels, 3, i / filters / out[1] / out[0], y - padding, z - padding, filter);
     const double stable = result[i] == 0 ? 1 : message[i] / result[i];  // the denominator
     check(std::fabs(stable - (sum + (sum >= 0 ? 0.5 : -0.5))) < 1e-3 || std::fabs(sum) < 1e-4, "winograd", i);
+  }
+}
+
+// Integers that nothing rounds.
+void test_winograd_bfloat16(std::int64_t height, std::int64_t width, std::int64_t padding, int threads) {
+  const std::int64_t images = 2, channels = 16, filters = 64, block = 5, chunk = 32;
+  const std::int64_t size[2] = {height, width}, out[2] = {height + 2 * padding - 2, width + 2 * padding - 2};
+  auto x = draw(images * height * width * channels), weight = draw(filters * channels * 9);
+  std::vector<std::uint16_t> narrow_x, laid_out(static_cast<std::size_t>(16 * filters * channels));
+  const auto narrow = [](float integer) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &integer, sizeof bits);
+    return static_cast<std::uint16_t>(bits >> 16);
+  };
+  for (float& value : x) {
+    value = std::round(value * 2);
+    narrow_x.push_back(narrow(value));
+  }
+  for (float& value : weight) {
+    value = 4 * std::round(value);
+  }
+  for (std::int64_t i = 0; i < filters * channels; ++i) {
+    const std::int64_t filter = i / channels, channel = i % channels;
+    for (int point = 0; point < 16; ++point) {
+      const std::int64_t row = (point * filters / 32 + filter / 32) * channels / 2 + channel / 2;
+      laid_out[(row * 32 + filter % 32) * 2 + channel % 2] = narrow(static_cast<float>(transformed(&weight[i * 9], point)));
+    }
+  }
+  auto workspace = poison(threads * 16 * block * (channels / 2 + chunk + 32));
+  std::vector<std::uint16_t> result(static_cast<std::size_t>(images * out[0] * out[1] * filters), 0x7fc0);
+  const WinogradArguments<std::uint16_t> arguments = {
+      narrow_x.data(), laid_out.data(), result.data(), workspace.data(), images, {size[0], size[1]}, {out[0], out[1]},
+      {padding, padding}, channels, filters, block, chunk, threads, {}};
+  run<WinogradArguments<std::uint16_t>, &Kernels::winograd_bfloat16>(arguments, threads, 1, threads);
+  for (std::size_t i = 0; i < result.size(); ++i) {
+    const std::int64_t filter = i % filters, z = i / filters % out[1], y = i / filters / out[1] % out[0];
+    const double sum = convolved(x, weight, size, channels, 3, i / filters / out[1] / out[0], y - padding, z - padding, filter);
+    const std::uint32_t wide = static_cast<std::uint32_t>(result[i]) << 16;
+    float found;
+    std::memcpy(&found, &wide, sizeof found);
+    check(std::fabs(found - sum) <= std::fabs(sum) / 256, "winograd_bfloat16", static_cast<std::int64_t>(i));
   }
 }
 
@@ -447,7 +489,7 @@ void test_convolution(std::int64_t channels, std::int64_t filters, std::int64_t 
 
 int main() {
   bind_openmp({team, [] { return member; }, [] { return members; }});
-  for (const char* capability : {"avx512", "avx2", "default"}) {
+  for (const char* capability : {"avx512_bf16", "avx512", "avx2", "default"}) {
     limit_cpu_capability(capability);
     for (int threads : {1, 2, 3}) {
       for (std::int64_t size : {0, 1, 7, 64, 511, 513, 2050}) {
@@ -460,6 +502,7 @@ int main() {
       for (std::int64_t padding : {0, 1, 2}) {
         test_winograd(5, 8, padding, threads);
         test_winograd(4, 4, padding, threads);
+        test_winograd_bfloat16(5, 8, padding, threads);
       }
       for (BySign by_sign : {BySign::kNone, BySign::kInput, BySign::kGiven}) {
         test_pointwise(3, 5, 1, by_sign, threads);

@@ -1,0 +1,12 @@
+// The kernels that AVX512-BF16 makes faster, beside those of AVX-512.
+#define LRPFAST_AVX512_BF16
+
+#include "winograd_cpu.h"
+
+namespace lrpfast {
+
+void winograd_avx512_bf16(const WinogradArguments<std::uint16_t>& arguments, std::int64_t begin, std::int64_t end) {
+  winograd(arguments, begin, end);
+}
+
+}  // namespace lrpfast
