@@ -21,7 +21,7 @@ inline float sum_of(Lanes v) {
 // Rows that are read together: memory gives several streams faster than one, and the input is loaded once for all.
 constexpr int kTogetherRows = 4;
 constexpr int kSums = 2;  // a row: the next product need not wait for the last
-constexpr std::int64_t kAhead = 512;
+constexpr std::int64_t kAhead = 512;  // asked for into the second level: the first has too few places for lines that are on their way
 
 // `kMany` outputs from `output` on.
 template <bool kPlain, bool kScaled, int kMany>
@@ -37,7 +37,7 @@ inline void dense_some(const DenseArguments& a, std::int64_t output, std::int64_
 #pragma GCC unroll 4
       for (int r = 0; r < kMany; ++r) {
         const float* at = w + r * a.inputs + i + j * kLanes;
-        __builtin_prefetch(at + kAhead, 0, 3);
+        __builtin_prefetch(at + kAhead, 0, 2);
         const Lanes weight = lanes(at);
         if (kPlain) {
           plain[r][j] = multiply_add(weight, input, plain[r][j]);
@@ -89,7 +89,7 @@ void dense(const DenseArguments& a, std::int64_t begin, std::int64_t end) {
   }
 }
 
-constexpr std::int64_t kColumns = 2048;  // whose results stay in the first-level cache
+constexpr std::int64_t kColumns = 8192;  // whose results stay near; fewer would be fewer pages of a row at a time
 constexpr int kRows = 16;                // summed before the result is touched, which also keeps rounding small
 
 template <bool kScaled>
