@@ -2,10 +2,12 @@
 
 The pipeline is all of `lrpfast screen --stage explain` but the decoding, which has its own limit: processes hand over batches of ready
 tensors; maps are pooled, scaled, gathered and written to shards that are brought to the disk. Explaining alone is the same explainer in a
-loop over the same batches in memory. Both are done in turns, in one process, on networks of `tests/networks.py`; the figure is the
-ratio of the medians, and, where the machine is not idle, that of the fastest and that of the processors' time, decoding processes
-included. `--files` measures the pipeline on JPEG files as well, and
-says what share of the time it waited for them.
+loop over the same batches in memory. Both are done in turns, in one process, on networks of `tests/networks.py`, for all images and for
+a quarter of them: the figure is the ratio of the medians of what more images take more, and what a pipeline takes to begin is said
+beside it. (A process that has just forked copies each page of memory that it writes to, once: so the first batch after the decoding
+processes have started takes a second or two more, however many follow.) Where the machine is not idle the ratio of the processors'
+time, decoding processes included, says more. `--files` measures the pipeline on JPEG files as well, and says what share of the time it
+waited for them.
 """
 
 from __future__ import annotations
@@ -108,33 +110,41 @@ def measure(name: str, count: int, batch: int, rounds: int, workers: int, with_f
     made = built_once(recipe(work.model, preprocessing))
     inputs = work.inputs.repeat(-(-count // 8), 1, 1, 1)[:count]
     labels = work.targets.repeat(-(-count // 8))[:count]
-    source = DatasetSource("memory", list(zip(inputs, labels.tolist(), strict=True)), preprocessing, made.model)
+    few = count // 4 // batch * batch
+    samples = list(zip(inputs, labels.tolist(), strict=True))
+    sources = {size: DatasetSource("memory", samples[:size], preprocessing, made.model) for size in (few, count)}
     alone(made, inputs[: 2 * batch], labels, batch)
-    seconds: dict[str, list[float]] = {"alone": [], "pipeline": []}
-    spent: dict[str, list[float]] = {"alone": [], "pipeline": []}
+    seconds: dict[str, list[tuple[float, float]]] = {"alone": [], "pipeline": []}  # of few images, and of all
+    spent: dict[str, list[float]] = {"alone": [], "pipeline": []}  # by processors, on those between
     waited = []
     for turn in range(rounds):
-        order = ("alone", "pipeline") if turn % 2 else ("pipeline", "alone")
-        for what in order:
-            before = processors()
-            if what == "alone":
-                seconds[what].append(alone(made, inputs, labels, batch))
-            else:
-                seconds[what].append(pipeline(made, source, workers, batch))
-                waited.append(Quiet.waited / seconds[what][-1])
-            spent[what].append(processors() - before)
-    medians = {what: statistics.median(values) for what, values in seconds.items()}
-    fastest = {what: min(values) for what, values in seconds.items()}
+        for what in ("alone", "pipeline") if turn % 2 else ("pipeline", "alone"):
+            times, by_processors = [], []
+            for size, source in sources.items():
+                before = processors()
+                if what == "alone":
+                    times.append(alone(made, inputs[:size], labels, batch))
+                else:
+                    times.append(pipeline(made, source, workers, batch))
+                by_processors.append(processors() - before)
+            seconds[what].append((times[0], times[1]))
+            spent[what].append(by_processors[1] - by_processors[0])
+            if what == "pipeline":
+                waited.append(Quiet.waited / times[1])
+    more = {what: statistics.median(whole - some for some, whole in values) for what, values in seconds.items()}
+    whole = {what: statistics.median(time_of_all for _, time_of_all in values) for what, values in seconds.items()}
+    began = statistics.median(some - few / (count - few) * more["pipeline"] for some, _ in seconds["pipeline"])
     found: dict[str, Any] = {
         "model": name,
         "images": count,
         "batch": batch,
         "workers": workers,
-        "images/s alone": count / medians["alone"],
-        "images/s pipeline": count / medians["pipeline"],
-        "overhead": medians["pipeline"] / medians["alone"] - 1,
-        "overhead of the fastest": fastest["pipeline"] / fastest["alone"] - 1,
+        "images/s alone": (count - few) / more["alone"],
+        "images/s pipeline": (count - few) / more["pipeline"],
+        "overhead": more["pipeline"] / more["alone"] - 1,
+        "overhead with the beginning": whole["pipeline"] / whole["alone"] - 1,
         "overhead of processors": statistics.median(spent["pipeline"]) / statistics.median(spent["alone"]) - 1,
+        "seconds to begin": began,
         "waited": statistics.median(waited),
         "seconds": seconds,
     }
@@ -154,21 +164,24 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50"])
-    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--files", action="store_true", help="also from JPEG files")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    if given.images < 4 * given.batch:
+        parser.error("--images must be four batches at least")
     results = []
     for name in given.models:
         found = measure(name, given.images, given.batch, given.rounds, given.workers, given.files)
         results.append(found)
         line = (
             f"{name}: alone {found['images/s alone']:.2f} images/s, pipeline {found['images/s pipeline']:.2f}: "
-            f"{found['overhead']:+.1%} ({found['overhead of the fastest']:+.1%} of the fastest, "
-            f"{found['overhead of processors']:+.1%} of the processors' time), waiting {found['waited']:.1%} of the time"
+            f"{found['overhead']:+.1%} ({found['overhead of processors']:+.1%} of the processors' time), "
+            f"{found['seconds to begin']:.1f} s to begin ({found['overhead with the beginning']:+.1%} with it), "
+            f"waiting {found['waited']:.1%} of the time"
         )
         if given.files:
             line += f"; from files {found['images/s files']:.2f}, waiting {found['waited files']:.1%}"

@@ -1,8 +1,8 @@
-// Blocks of elements in float32, whatever they are in memory.
+// Blocks of elements in float32, whatever they are in memory: for kernels that sum or compare (elementwise ones work on vectors,
+// lanes_cpu.h).
 //
-// Kernels work on blocks that fit the first-level cache. A float32 operand is used where it lies; a bfloat16 one is
-// widened into a buffer first. So a kernel is one plain float loop, not one loop a combination of dtypes, and the price,
-// traffic within the first-level cache, hides behind the memory traffic.
+// Blocks fit the first-level cache. A float32 operand is used where it lies; a bfloat16 one is widened into a buffer first. So a
+// kernel is one plain float loop, not one loop a combination of dtypes.
 //
 // Everything here has internal linkage: this header is compiled for several instruction sets in one library, and the
 // linker must not pick one set's copy of an inline function for all.
