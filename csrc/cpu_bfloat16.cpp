@@ -1,5 +1,4 @@
 // The kernels that AVX512-BF16 makes faster, beside those of AVX-512.
-#define LRPFAST_AVX512_BF16
 
 #include "winograd_cpu.h"
 

@@ -15,8 +15,20 @@
 
 namespace lrpfast {
 
-const Kernels LRPFAST_VARIANT = {ratio,       pair,     select_by_sign, add_relu, dense,            dense_dgrad,
-                                 channel_sum, max_pool, pool_dgrad, winograd<float>,
-                                 winograd<std::uint16_t>, winograd_filters, pointwise, convolution, depthwise};
+const Kernels LRPFAST_VARIANT = {ratio,
+                                 pair,
+                                 select_by_sign,
+                                 add_relu,
+                                 dense,
+                                 dense_dgrad,
+                                 channel_sum,
+                                 max_pool,
+                                 pool_dgrad,
+                                 winograd<float>,
+                                 winograd<std::uint16_t>,
+                                 winograd_filters,
+                                 pointwise,
+                                 convolution,
+                                 depthwise};
 
 }  // namespace lrpfast

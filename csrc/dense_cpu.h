@@ -21,7 +21,8 @@ inline float sum_of(Lanes v) {
 // Rows that are read together: memory gives several streams faster than one, and the input is loaded once for all.
 constexpr int kTogetherRows = 4;
 constexpr int kSums = 2;  // a row: the next product need not wait for the last
-constexpr std::int64_t kAhead = 512;  // asked for into the second level: the first has too few places for lines that are on their way
+// Asked for into the second-level cache: the first has too few places for lines that are on their way.
+constexpr std::int64_t kAhead = 512;
 
 // `kMany` outputs from `output` on.
 template <bool kPlain, bool kScaled, int kMany>
@@ -89,7 +90,7 @@ void dense(const DenseArguments& a, std::int64_t begin, std::int64_t end) {
   }
 }
 
-constexpr std::int64_t kColumns = 8192;  // whose results stay near; fewer would be fewer pages of a row at a time
+constexpr std::int64_t kColumns = 8192;  // of the result at a time; fewer would be fewer pages of a row
 constexpr int kRows = 16;                // summed before the result is touched, which also keeps rounding small
 
 template <bool kScaled>

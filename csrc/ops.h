@@ -128,9 +128,9 @@ using Epilogue = EpilogueOf<float>;
 // of 16, filters of 32.
 template <typename T>
 struct WinogradArguments {
-  const T* input;   // [images, size, channels]
-  const T* weight;  // G g G', [16][filters / 32][channels][32]; of bfloat16 pairs of channels, [..][channels / 2][32][2]
-  T* result;        // [images, out_size, filters]
+  const T* input;    // [images, size, channels]
+  const T* weight;   // G g G', [16][filters / 32][channels][32]; of bfloat16 pairs of channels, [..][channels / 2][32][2]
+  T* result;         // [images, out_size, filters]
   float* workspace;  // shares * 16 * block * (channels + chunk + 32) floats, of bfloat16 (channels / 2 + ..)
   std::int64_t images, size[2], out_size[2], padding[2], channels, filters;
   std::int64_t block;   // tiles that are worked on at a time
@@ -217,8 +217,7 @@ extern const Kernels kernels_default;
 #if defined(LRPFAST_X86_VARIANTS)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
-#endif
-#if defined(LRPFAST_AVX512_BF16)
+// Where the compiler knows AVX512-BF16: LRPFAST_AVX512_BF16.
 void winograd_avx512_bf16(const WinogradArguments<std::uint16_t>&, std::int64_t begin, std::int64_t end);
 #endif
 

@@ -166,23 +166,9 @@ def winograd(
     threads: int,
     /,
 ) -> None: ...
-def winograd_bfloat16(
-    input: int,
-    weight: int,
-    result: int,
-    workspace: int,
-    images: int,
-    size: _Pair,
-    out_size: _Pair,
-    padding: _Pair,
-    channels: int,
-    filters: int,
-    block: int,
-    chunk: int,
-    then: _Epilogue,
-    threads: int,
-    /,
-) -> None: ...
+
+winograd_bfloat16 = winograd
+
 def winograd_filters(weight: _Filters, result: int, threads: int, /) -> None: ...
 def convolution(
     input: int,

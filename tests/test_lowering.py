@@ -432,6 +432,24 @@ def test_bfloat16_rounds_a_folded_weight_once(laid_out: bool, monkeypatch: pytes
     assert nearest < 1.01 * torch.linalg.vector_norm(exact.bfloat16() - exact)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_large_weights_in_bfloat16_for_one_image(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reads large weights from the model knows float32 alone."""
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: fast)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 96, 3), nn.ReLU(), nn.Conv2d(96, 96, 3, padding=1), nn.ReLU(), nn.Conv2d(96, 720, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(720, 4),
+    ).eval()  # fmt: skip
+    for layer in (model[2], model[4]):
+        assert 2 * layer.weight.numel() >= convolutions._LARGE_FOR_ONE
+    x = torch.randn(1, 3, 9, 9)
+    exact = lrpfast.explain(copy.deepcopy(model).double(), x.double(), target=1, composite="epsilon_plus").relevance
+    how = {"composite": "epsilon_plus", "precision": "bfloat16", "autotune": False}
+    found = lrpfast.Explainer(model, x, **how)(x, target=1).relevance.double()
+    assert torch.linalg.vector_norm(found - exact) < 0.03 * torch.linalg.vector_norm(exact)
+
+
 def test_a_large_weight_that_is_cast_is_not_read_as_it_was() -> None:
     """For one image large weights are read where the model has them: not where they are of another dtype there."""
     torch.manual_seed(0)
