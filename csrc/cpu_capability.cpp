@@ -28,6 +28,7 @@ bool has_avx512() { return false; }
 #if defined(LRPFAST_AVX512_BF16)
 Kernels with_bfloat16(Kernels kernels) {
   kernels.winograd_bfloat16 = winograd_avx512_bf16;
+  kernels.pointwise_bfloat16 = pointwise_avx512_bf16;
   return kernels;
 }
 const Kernels with_bfloat16_kernels = with_bfloat16(kernels_avx512);

@@ -27,7 +27,8 @@ const Kernels LRPFAST_VARIANT = {ratio,
                                  winograd<float>,
                                  winograd<std::uint16_t>,
                                  winograd_filters,
-                                 pointwise,
+                                 pointwise<float>,
+                                 pointwise<std::uint16_t>,
                                  convolution,
                                  depthwise};
 

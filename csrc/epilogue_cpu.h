@@ -47,22 +47,25 @@ inline void finish(const EpilogueOf<T>& e, Lanes sum, std::int64_t column, T* re
 }
 
 // The same for `count` < kLanes columns, the last of a row: what lies behind them is neither read nor written.
-inline void finish_part(const Epilogue& e, Lanes sum, std::int64_t column, float* result, std::int64_t at,
+template <typename T>
+inline void finish_part(const EpilogueOf<T>& e, Lanes sum, std::int64_t column, T* result, std::int64_t at,
                         std::int64_t count) {
-  alignas(64) float parts[5][kLanes] = {};
-  const float* sources[] = {e.bias ? e.bias + column : nullptr, e.carrier ? e.carrier + at : nullptr,
-                            e.message_a ? e.message_a + at : nullptr, e.message_b ? e.message_b + at : nullptr,
-                            result + at};
-  const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(float);
-  for (int i = 0; i < 5; ++i) {
+  alignas(64) float bias[kLanes] = {};
+  if (e.bias) {
+    std::memcpy(bias, e.bias + column, static_cast<std::size_t>(count) * sizeof(float));
+  }
+  alignas(64) T parts[4][kLanes] = {};
+  const T* sources[] = {e.carrier, e.message_a, e.message_b, result};
+  const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
+  for (int i = 0; i < 4; ++i) {
     if (sources[i]) {
-      std::memcpy(parts[i], sources[i], bytes);
+      std::memcpy(parts[i], sources[i] + at, bytes);
     }
   }
   const auto part = [&](int i) { return sources[i] ? parts[i] : nullptr; };
-  const Epilogue whole = {part(0), e.add, e.clamp, e.low, e.high, part(1), part(2), part(3), e.eps};
-  finish(whole, sum, 0, parts[4], 0);
-  std::memcpy(result + at, parts[4], bytes);
+  const EpilogueOf<T> whole = {e.bias ? bias : nullptr, e.add, e.clamp, e.low, e.high, part(0), part(1), part(2), e.eps};
+  finish(whole, sum, 0, parts[3], 0);
+  std::memcpy(result + at, parts[3], bytes);
 }
 
 }  // namespace

@@ -62,13 +62,22 @@ inline Lanes pair_lanes(const float* p) {
 // What a product's factors are: see above.
 enum class Factors { kValues, kBySign, kPairs };
 
+// Values of a factor that take the place of one float: one, or a pair.
+template <typename T>
+constexpr std::int64_t kValuesAFloat = sizeof(float) / sizeof(T);
+template <typename T>
+constexpr Factors kFactorsOf = kValuesAFloat<T> == 1 ? Factors::kValues : Factors::kPairs;
+
 // Memory that is asked for while products are computed, a little at a time: in bursts it would keep them waiting.
 constexpr std::int64_t kLine = 16;   // floats a cache line
 constexpr std::int64_t kFetch = 8;   // steps in depth from one time to the next
 class Fetch {
  public:
-  // `size` floats, all of which are asked for within `times` times.
-  void add(const float* from, std::int64_t size, std::int64_t times) {
+  // `size` values, all of which are asked for within `times` times.
+  template <typename T>
+  void add(const T* given, std::int64_t size, std::int64_t times) {
+    const float* from = reinterpret_cast<const float*>(given);
+    size /= kValuesAFloat<T>;
     if (from && size > 0) {
       streams_[count_++] = {from, from + size, ((size + kLine - 1) / kLine + times - 1) / times * kLine};
     }

@@ -378,16 +378,17 @@ void convolution(std::uintptr_t input, FilterTuple weight, std::uintptr_t result
                                                                     epilogue(then)});
 }
 
+template <typename T, void (*lrpfast::Kernels::*kKernel)(const PointwiseArguments<T>&, std::int64_t, std::int64_t)>
 void pointwise(std::uintptr_t input, std::uintptr_t weight, bool by_sign, std::uintptr_t sign, std::uintptr_t result,
                std::uintptr_t workspace, std::int64_t images, Pair size, Pair out_size, Pair stride,
                std::int64_t channels, std::int64_t filters, std::int64_t block, EpilogueTuple then, int threads) {
   using lrpfast::BySign;
-  run_shares<PointwiseArguments, &lrpfast::Kernels::pointwise>(
-      {floats(input),
-       floats(weight),
+  run_shares<PointwiseArguments<T>, kKernel>(
+      {reinterpret_cast<const T*>(input),
+       reinterpret_cast<const T*>(weight),
        sign ? BySign::kGiven : by_sign ? BySign::kInput : BySign::kNone,
-       floats(sign),
-       reinterpret_cast<float*>(result),
+       reinterpret_cast<const T*>(sign),
+       reinterpret_cast<T*>(result),
        reinterpret_cast<float*>(workspace),
        images,
        {size[0], size[1]},
@@ -397,7 +398,7 @@ void pointwise(std::uintptr_t input, std::uintptr_t weight, bool by_sign, std::u
        filters,
        block,
        threads,
-       epilogue(then)});
+       epilogue<T>(then)});
 }
 
 void depthwise(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t result, std::int64_t images, Pair size,
@@ -451,7 +452,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("max_pool", &max_pool, py::call_guard<py::gil_scoped_release>());
   m.def("pool_dgrad", &pool_dgrad, py::call_guard<py::gil_scoped_release>());
   m.def("depthwise", &depthwise, py::call_guard<py::gil_scoped_release>());
-  m.def("pointwise", &pointwise, py::call_guard<py::gil_scoped_release>());
+  m.def("pointwise", &pointwise<float, &lrpfast::Kernels::pointwise>, py::call_guard<py::gil_scoped_release>());
+  m.def("pointwise_bfloat16", &pointwise<std::uint16_t, &lrpfast::Kernels::pointwise_bfloat16>,
+        py::call_guard<py::gil_scoped_release>());
   m.def("winograd", &winograd<float, &lrpfast::Kernels::winograd>, py::call_guard<py::gil_scoped_release>());
   m.def("winograd_bfloat16", &winograd<std::uint16_t, &lrpfast::Kernels::winograd_bfloat16>,
         py::call_guard<py::gil_scoped_release>());

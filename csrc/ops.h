@@ -152,21 +152,25 @@ struct FilterArguments {
   float* result;  // G g G' of 3 x 3 filters as `winograd` takes them, [16][filters / 32][channels][32]
 };
 
-// result = convolution of images with 1 x 1 filters (pointwise_cpu.h): channels-last, float32. There may be two weights, of which
-// one is taken by a sign: that of the input's value, or one that is given for each place of the result.
+// result = convolution of images with 1 x 1 filters (pointwise_cpu.h): channels-last; T as above. There may be two weights, of which
+// one is taken by a sign: that of the input's value, or one that is given for each place of the result. Of bfloat16 there is one, and
+// channels are even.
 enum class BySign { kNone, kInput, kGiven };
 
+template <typename T>
 struct PointwiseArguments {
-  const float* input;   // [images, size, channels]
-  const float* weight;  // [filters / 32, rounded up][channels][32]; by sign [..][channels][2][32], first for signs not negative
+  const T* input;   // [images, size, channels]
+  const T* weight;  // [filters / 32, rounded up][channels][32]; by sign [..][channels][2][32], first for signs not negative; of
+                    // bfloat16 pairs of channels, [..][channels / 2][32][2]
   BySign by_sign;
-  const float* sign;  // as the result, where one is given
-  float* result;      // [images, out_size, filters]
-  float* workspace;   // shares * block * (channels + 16 + filters, rounded up to 32, twice where a sign is given) floats
+  const T* sign;     // as the result, where one is given
+  T* result;         // [images, out_size, filters]
+  float* workspace;  // shares * block * (channels + 16 + filters, rounded up to 32, twice where a sign is given) floats, of bfloat16
+                     // (channels / 2 + ..)
   std::int64_t images, size[2], out_size[2], stride[2], channels, filters;
   std::int64_t block;   // rows that are worked on at a time
   std::int64_t shares;  // parts that rows are dealt into, one a thread
-  Epilogue epilogue;
+  EpilogueOf<T> epilogue;
 };
 
 // result = convolution of images with one filter a channel (depthwise_cpu.h), or its transpose: channels-last, float32. A filter
@@ -208,7 +212,8 @@ struct Kernels {
   void (*winograd)(const WinogradArguments<float>&, std::int64_t begin, std::int64_t end);                   // shares
   void (*winograd_bfloat16)(const WinogradArguments<std::uint16_t>&, std::int64_t begin, std::int64_t end);  // shares
   void (*winograd_filters)(const FilterArguments&, std::int64_t begin, std::int64_t end);  // panels of 32 filters
-  void (*pointwise)(const PointwiseArguments&, std::int64_t begin, std::int64_t end);  // shares
+  void (*pointwise)(const PointwiseArguments<float>&, std::int64_t begin, std::int64_t end);                   // shares
+  void (*pointwise_bfloat16)(const PointwiseArguments<std::uint16_t>&, std::int64_t begin, std::int64_t end);  // shares
   void (*convolution)(const ConvolutionArguments&, std::int64_t begin, std::int64_t end);  // shares
   void (*depthwise)(const DepthwiseArguments&, std::int64_t begin, std::int64_t end);  // rows
 };
@@ -219,6 +224,7 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 // Where the compiler knows AVX512-BF16: LRPFAST_AVX512_BF16.
 void winograd_avx512_bf16(const WinogradArguments<std::uint16_t>&, std::int64_t begin, std::int64_t end);
+void pointwise_avx512_bf16(const PointwiseArguments<std::uint16_t>&, std::int64_t begin, std::int64_t end);
 #endif
 
 }  // namespace lrpfast

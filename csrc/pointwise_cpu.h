@@ -10,7 +10,8 @@ namespace {
 constexpr std::int64_t kDepth = 256;  // summed up at a time: rounding stays small, and a panel stays in the first-level cache
 
 // Where a row's channels lie.
-inline const float* input_row(const PointwiseArguments& a, std::int64_t row) {
+template <typename T>
+inline const T* input_row(const PointwiseArguments<T>& a, std::int64_t row) {
   if (a.stride[0] == 1 && a.stride[1] == 1) {
     return a.input + row * a.channels;
   }
@@ -19,26 +20,34 @@ inline const float* input_row(const PointwiseArguments& a, std::int64_t row) {
   return a.input + ((image * a.size[0] + y * a.stride[0]) * a.size[1] + x * a.stride[1]) * a.channels;
 }
 
-inline bool gathers(const PointwiseArguments& a) {
-  return a.stride[0] != 1 || a.stride[1] != 1 || a.channels % 512 == 0;
+// What a row's channels take, in floats.
+template <typename T>
+inline std::int64_t depth_of(const PointwiseArguments<T>& a) { return a.channels / kValuesAFloat<T>; }
+
+template <typename T>
+inline bool gathers(const PointwiseArguments<T>& a) {
+  return a.stride[0] != 1 || a.stride[1] != 1 || depth_of(a) % 512 == 0;
 }
 
-void gather_rows(const PointwiseArguments& a, std::int64_t first, std::int64_t count, float* to, std::int64_t stride) {
+template <typename T>
+void gather_rows(const PointwiseArguments<T>& a, std::int64_t first, std::int64_t count, float* to, std::int64_t stride) {
   for (std::int64_t r = 0; r < count; ++r, to += stride) {
-    std::memcpy(to, input_row(a, first + r), static_cast<std::size_t>(a.channels) * sizeof(float));
+    std::memcpy(to, input_row(a, first + r), static_cast<std::size_t>(a.channels) * sizeof(T));
   }
 }
 
 // The product of some rows, all filters: to `products`, whose rows are as many whole panels, as those of `signs` are.
-template <BySign kSign>
-void multiply_rows(const PointwiseArguments& a, const float* rows, std::int64_t stride, const float* signs,
+template <BySign kSign, typename T>
+void multiply_rows(const PointwiseArguments<T>& a, const float* rows, std::int64_t stride, const float* signs,
                    std::int64_t count, float* products, std::int64_t width, Fetch& fetch) {
   constexpr std::int64_t kWeights = kSign == BySign::kNone ? 1 : 2, kStep = kDepth / kWeights;
+  const float* weights = reinterpret_cast<const float*>(a.weight);
+  const std::int64_t whole = depth_of(a);
   for (std::int64_t panel = 0; panel < a.filters; panel += kPanel) {
     const std::int64_t columns = smaller(kPanel, a.filters - panel);
-    for (std::int64_t k = 0; k < a.channels; k += kStep) {
-      const float* weight = a.weight + kWeights * (panel * a.channels + k * kPanel);
-      const std::int64_t depth = smaller(kStep, a.channels - k);
+    for (std::int64_t k = 0; k < whole; k += kStep) {
+      const float* weight = weights + kWeights * (panel * whole + k * kPanel);
+      const std::int64_t depth = smaller(kStep, whole - k);
       const auto sink = [&](std::int64_t row, std::int64_t column, Lanes sum) {
         float* product = products + row * width + panel + column;
         put(product, k == 0 ? sum : lanes(static_cast<const float*>(product)) + sum);
@@ -46,7 +55,7 @@ void multiply_rows(const PointwiseArguments& a, const float* rows, std::int64_t 
       if constexpr (kSign == BySign::kGiven) {
         multiply_chosen_panel(count, rows + k, stride, weight, depth, columns, signs + panel, width, sink, fetch);
       } else {
-        constexpr Factors kFactors = kSign == BySign::kInput ? Factors::kBySign : Factors::kValues;
+        constexpr Factors kFactors = kSign == BySign::kInput ? Factors::kBySign : kFactorsOf<T>;
         multiply_panel<kFactors>(count, rows + k, stride, weight, depth, columns, sink, fetch);
       }
     }
@@ -54,15 +63,16 @@ void multiply_rows(const PointwiseArguments& a, const float* rows, std::int64_t 
 }
 
 // What is asked for while `count` rows are multiplied: what their epilogue reads and writes, and the rows behind them.
-Fetch pointwise_fetch(const PointwiseArguments& a, std::int64_t first, std::int64_t count, std::int64_t end) {
+template <typename T>
+Fetch pointwise_fetch(const PointwiseArguments<T>& a, std::int64_t first, std::int64_t count, std::int64_t end) {
   const std::int64_t blocks = (count + kBlockRows - 1) / kBlockRows, panels = (a.filters + kPanel - 1) / kPanel;
-  const std::int64_t times = blocks * panels * ((a.channels + kFetch - 1) / kFetch);
+  const std::int64_t times = blocks * panels * ((depth_of(a) + kFetch - 1) / kFetch);
   const std::int64_t at = first * a.filters, size = count * a.filters;
-  const Epilogue& e = a.epilogue;
+  const EpilogueOf<T>& e = a.epilogue;
   Fetch fetch;
   const bool over = e.message_a == a.result || e.message_b == a.result;
-  const float* operands[] = {e.message_a, e.message_b, e.carrier, over ? nullptr : a.result};
-  for (const float* operand : operands) {
+  const T* operands[] = {e.message_a, e.message_b, e.carrier, over ? nullptr : a.result};
+  for (const T* operand : operands) {
     fetch.add(operand ? operand + at : nullptr, size, times);
   }
   const std::int64_t next = smaller(a.block, end - first - count);
@@ -74,7 +84,8 @@ Fetch pointwise_fetch(const PointwiseArguments& a, std::int64_t first, std::int6
 }
 
 // Products become results in the order in which these lie in memory, all filters of a row, then the next row.
-void finish_rows(const PointwiseArguments& a, std::int64_t first, std::int64_t count, const float* products,
+template <typename T>
+void finish_rows(const PointwiseArguments<T>& a, std::int64_t first, std::int64_t count, const float* products,
                  std::int64_t width) {
   for (std::int64_t row = 0; row < count; ++row) {
     const std::int64_t at = (first + row) * a.filters;
@@ -88,37 +99,41 @@ void finish_rows(const PointwiseArguments& a, std::int64_t first, std::int64_t c
   }
 }
 
-template <BySign kSign>
-void pointwise_rows(const PointwiseArguments& a, std::int64_t begin, std::int64_t end, float* workspace) {
+template <BySign kSign, typename T>
+void pointwise_rows(const PointwiseArguments<T>& a, std::int64_t begin, std::int64_t end, float* workspace) {
   const bool gathered = gathers(a);
-  const std::int64_t stride = gathered ? a.channels + kSkew : a.channels;
+  const std::int64_t stride = gathered ? depth_of(a) + kSkew : depth_of(a);
   const std::int64_t width = (a.filters + kPanel - 1) / kPanel * kPanel;
-  float *products = workspace + a.block * (a.channels + kSkew), *signs = products + a.block * width;
+  float *products = workspace + a.block * (depth_of(a) + kSkew), *signs = products + a.block * width;
   for (std::int64_t first = begin; first < end; first += a.block) {
     const std::int64_t count = smaller(a.block, end - first);
     if (gathered) {
       gather_rows(a, first, count, workspace, stride);
     }
     for (std::int64_t row = 0; a.sign && row < count; ++row) {
-      const float* from = a.sign + (first + row) * a.filters;
-      std::memcpy(signs + row * width, from, static_cast<std::size_t>(a.filters) * sizeof(float));
+      const T* from = a.sign + (first + row) * a.filters;
+      std::memcpy(signs + row * width, from, static_cast<std::size_t>(a.filters) * sizeof(T));
     }
     Fetch fetch = pointwise_fetch(a, first, count, end);
-    const float* rows = gathered ? workspace : input_row(a, first);
+    const float* rows = gathered ? workspace : reinterpret_cast<const float*>(input_row(a, first));
     multiply_rows<kSign>(a, rows, stride, signs, count, products, width, fetch);
     finish_rows(a, first, count, products, width);
   }
 }
 
 // The shares [begin, end) of a.shares equal ones; each has its own workspace.
-void pointwise(const PointwiseArguments& a, std::int64_t begin, std::int64_t end) {
+template <typename T>
+void pointwise(const PointwiseArguments<T>& a, std::int64_t begin, std::int64_t end) {
   const std::int64_t rows = a.images * a.out_size[0] * a.out_size[1];
   const std::int64_t share = ((rows + a.shares - 1) / a.shares + kBlockRows - 1) / kBlockRows * kBlockRows;
   const std::int64_t width = (a.filters + kPanel - 1) / kPanel * kPanel;
-  const std::int64_t workspace = a.block * (a.channels + kSkew + (a.sign ? 2 : 1) * width);
-  const auto rows_of = a.by_sign == BySign::kNone    ? pointwise_rows<BySign::kNone>
-                       : a.by_sign == BySign::kInput ? pointwise_rows<BySign::kInput>
-                                                     : pointwise_rows<BySign::kGiven>;
+  const std::int64_t workspace = a.block * (depth_of(a) + kSkew + (a.sign ? 2 : 1) * width);
+  auto rows_of = pointwise_rows<BySign::kNone, T>;
+  if constexpr (kValuesAFloat<T> == 1) {
+    rows_of = a.by_sign == BySign::kInput ? pointwise_rows<BySign::kInput, T>
+              : a.by_sign == BySign::kGiven ? pointwise_rows<BySign::kGiven, T>
+                                            : rows_of;
+  }
   for (std::int64_t i = begin; i < end; ++i) {
     rows_of(a, smaller(rows, i * share), smaller(rows, (i + 1) * share), a.workspace + i * workspace);
   }

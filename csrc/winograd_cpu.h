@@ -104,10 +104,6 @@ void store_tile(const WinogradArguments<T>& a, std::int64_t image, std::int64_t 
   }
 }
 
-// Floats that a value takes are one, or half a one.
-template <typename T>
-constexpr std::int64_t kValuesAFloat = sizeof(float) / sizeof(T);
-
 // Floats of a workspace: a block's transformed inputs, then products.
 template <typename T>
 inline std::int64_t winograd_workspace(const WinogradArguments<T>& a) {
@@ -118,7 +114,6 @@ inline std::int64_t winograd_workspace(const WinogradArguments<T>& a) {
 template <typename T>
 void winograd_tiles(const WinogradArguments<T>& a, std::int64_t begin, std::int64_t end, float* workspace) {
   constexpr std::int64_t kValues = kValuesAFloat<T>;
-  constexpr Factors kFactors = kValues == 1 ? Factors::kValues : Factors::kPairs;
   const TileGrid grid = tile_grid(a);
   const std::int64_t tiles_an_image = grid.rows * grid.columns;
   const std::int64_t depth = a.channels / kValues, stride = depth + kSkew, chunk_stride = a.chunk + kSkew;
@@ -137,7 +132,7 @@ void winograd_tiles(const WinogradArguments<T>& a, std::int64_t begin, std::int6
       for (int point = 0; point < kPoints; ++point) {
         for (std::int64_t f = 0; f < width; f += kPanel) {
           float* to = products + point * a.block * chunk_stride + f;
-          multiply_panel<kFactors>(
+          multiply_panel<kFactorsOf<T>>(
               count, workspace + point * a.block * stride, stride, weight + (point * a.filters + filter + f) * depth,
               depth, kPanel,
               [=](std::int64_t row, std::int64_t column, Lanes sum) { put(to + row * chunk_stride + column, sum); });

@@ -409,6 +409,14 @@ def test_bfloat16_by_winograd(composite: str, batch: int, monkeypatch: pytest.Mo
     assert distances[True] < 1.5 * distances[False]
 
 
+@pytest.mark.parametrize("tiles", [False, True])
+def test_bfloat16_is_left_to_amx(tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    assert native.extension is not None
+    pairs = native.extension.cpu_capability() == "avx512_bf16"
+    assert products.multiplies_bfloat16() == (pairs and not tiles)
+
+
 @pytest.mark.parametrize("laid_out", [False, True])
 def test_bfloat16_rounds_a_folded_weight_once(laid_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "multiplies_bfloat16", lambda: laid_out)
@@ -446,8 +454,12 @@ def test_large_weights_in_bfloat16_for_one_image(fast: bool, monkeypatch: pytest
     x = torch.randn(1, 3, 9, 9)
     exact = lrpfast.explain(copy.deepcopy(model).double(), x.double(), target=1, composite="epsilon_plus").relevance
     how = {"composite": "epsilon_plus", "precision": "bfloat16", "autotune": False}
-    found = lrpfast.Explainer(model, x, **how)(x, target=1).relevance.double()
+    explainer = lrpfast.Explainer(model, x, **how)
+    found = explainer(x, target=1).relevance.double()
     assert torch.linalg.vector_norm(found - exact) < 0.03 * torch.linalg.vector_norm(exact)
+    kinds = {"by Winograd", "as a product"}  # of the 3 x 3 layer, and of the 1 x 1 layer
+    operations = {step.operation for step in explainer.profile(x, repeats=1)}
+    assert {k for k in kinds if f"ratio (in a convolution {k})" in operations} == (kinds if fast else set())
 
 
 def test_a_large_weight_that_is_cast_is_not_read_as_it_was() -> None:

@@ -39,19 +39,19 @@ def images(*shape: int, seed: int = 0) -> Tensor:
     return draw(*shape, seed=seed).contiguous(memory_format=torch.channels_last)
 
 
-def assert_as_exact(found: Tensor, direct: Tensor, exact: Tensor, squares: Tensor) -> None:
+def assert_as_exact(found: Tensor, direct: Tensor, exact: Tensor, magnitudes: Tensor) -> None:
     """`found` is at most twice as far from the exact values as torch's own float32 is, in norm.
 
-    On few values torch's error may be near zero by luck, so what rounding each term to 22 bits comes to is free: `squares` are the
-    sums of the squared terms.
+    On few values torch's error may be near zero by luck. So what one sum may err by is free, the largest, were its terms
+    rounded to 22 bits in one direction: `magnitudes` are the sums of the terms' magnitudes. On many values that is nothing.
     """
     assert found.shape == exact.shape and found.dtype is torch.float32
     own, torchs = (torch.linalg.vector_norm(t.double() - exact) for t in (found, direct))
-    assert own <= 2 * torchs + 2**-22 * squares.sum().sqrt()
+    assert own <= 2 * torchs + 2**-22 * magnitudes.flatten().amax(0) if exact.numel() else own == 0
 
 
-def squared(x: Tensor, weight: Tensor, *how: object, **named: object) -> Tensor:
-    return F.conv2d(x.double() ** 2, weight.double() ** 2, None, *how, **named)
+def magnitudes_of(x: Tensor, weight: Tensor, *how: object, **named: object) -> Tensor:
+    return F.conv2d(x.double().abs(), weight.double().abs(), None, *how, **named)
 
 
 winograd_sizes = st.tuples(
@@ -69,7 +69,7 @@ def test_winograd(sizes: tuple, bias: bool, relu: bool) -> None:
     shift = draw(filters, seed=2) if bias else None
     exact = F.conv2d(x.double(), weight.double(), None if shift is None else shift.double(), padding=padding)
     direct = F.conv2d(x, weight, shift, padding=padding)
-    squares = squared(x, weight, padding=padding)
+    magnitudes = magnitudes_of(x, weight, padding=padding)
     turned = weight.transpose(0, 1).flip(2, 3)  # the layer that this one is the transpose of
     laid_out = [Winograd.of(weight, padding)]
     for lies in (torch.contiguous_format, torch.channels_last):
@@ -83,7 +83,7 @@ def test_winograd(sizes: tuple, bias: bool, relu: bool) -> None:
     for layer in laid_out:
         found = products.convolution(layer, x, shift, RELU if relu else None)
         assert found.is_contiguous(memory_format=torch.channels_last)
-        assert_as_exact(found, direct.relu() if relu else direct, exact.relu() if relu else exact, squares)
+        assert_as_exact(found, direct.relu() if relu else direct, exact.relu() if relu else exact, magnitudes)
 
 
 @given(sizes=winograd_sizes, bias=st.booleans(), relu=st.booleans())
@@ -97,7 +97,7 @@ def test_winograd_in_bfloat16(sizes: tuple, bias: bool, relu: bool) -> None:
     direct = F.conv2d(x, weight.bfloat16(), shift, padding=padding)
     if relu:
         exact, direct = exact.relu(), direct.relu()
-    free = 2**-10 * squared(x, weight, padding=padding).sum().sqrt()
+    free = 2**-10 * F.conv2d(x.double() ** 2, weight.double() ** 2, padding=padding).sum().sqrt()
     turned = weight.transpose(0, 1).flip(2, 3)  # the layer that this one is the transpose of
     for filters_of in (Filters(weight), Filters(turned, transposed=True), Filters(weight.double())):
         layer = Winograd.in_bfloat16(filters_of, padding)
@@ -114,14 +114,20 @@ def integers(*shape: int, most: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512_bf16"])
-@pytest.mark.parametrize("padding", [0, 1, 2])
-def test_bfloat16_is_rounded_at_the_end_alone(capability: str, padding: int) -> None:
+@pytest.mark.parametrize(
+    ("filters", "kernel", "stride", "padding"),
+    [(64, 3, 1, 0), (64, 3, 1, 1), (64, 3, 1, 2), (40, 1, 1, 0), (72, 1, 2, 0)],
+)
+def test_bfloat16_is_rounded_at_the_end_alone(
+    capability: str, filters: int, kernel: int, stride: int, padding: int
+) -> None:
     """Integers that no step but the last can round: every bit, of all that may follow in the call, with any number of threads."""
-    x, weight = integers(2, 48, 9, 12, most=2, seed=0), 4 * integers(64, 48, 3, 3, most=2, seed=1)
-    shift = integers(64, most=9, seed=2)
-    z = F.conv2d(x.double(), weight.double(), shift.double(), padding=padding).float()
+    x, weight = integers(2, 48, 9, 12, most=2, seed=0), 4 * integers(filters, 48, kernel, kernel, most=2, seed=1)
+    shift = integers(filters, most=9, seed=2)
+    z = F.conv2d(x.double(), weight.double(), shift.double(), stride, padding).float()
     before, carrier, a, b = (integers(*z.shape, most=100, seed=seed) for seed in (3, 4, 5, 6))
-    layer = Winograd.in_bfloat16(Filters(weight), [padding] * 2)
+    narrow = weight.bfloat16()
+    layer = Winograd.in_bfloat16(Filters(weight), [padding] * 2) if kernel == 3 else Pointwise.of(narrow, [stride] * 2)
     x, shift_16, before_16, carrier_16, a_16, b_16 = (t.bfloat16() for t in (x, shift, before, carrier, a, b))
     stable = z + torch.where(z >= 0, 0.25, -0.25)
     threads = torch.get_num_threads()
@@ -195,13 +201,14 @@ def test_nan_reaches_the_windows_that_hold_it_and_no_others() -> None:
         (Winograd.of(draw(32, 16, 3, 3, seed=1), [1, 1]), 1),
         (Winograd.in_bfloat16(Filters(draw(32, 16, 3, 3, seed=1)), [1, 1]), 1),
         (Pointwise.of(draw(5, 16, 1, 1), [1, 1]), 0),
+        (Pointwise.of(draw(5, 16, 1, 1).bfloat16(), [1, 1]), 0),
         (Pointwise.of_two(draw(5, 16, 1, 1), draw(5, 16, 1, 1, seed=1), [1, 1]), 0),
         (Depthwise.of(draw(16, 1, 3, 3), [1, 1], [1, 1], [1, 1]), 1),
     ):
         expected = torch.zeros(2, 9, 9, dtype=torch.bool)
         expected[1, 4 - reach : 5 + reach, 5 - reach : 6 + reach] = True
         for clamp in (None, RELU, (0.0, 6.0)):
-            narrow = isinstance(layer, Winograd) and layer.weight.dtype is torch.bfloat16
+            narrow = layer.weight.dtype is torch.bfloat16
             found = products.convolution(layer, x.bfloat16() if narrow else x, None, clamp).isnan()
             one_channel = isinstance(layer, Depthwise)
             assert torch.equal(found[:, 3] if one_channel else found.all(1), expected)
@@ -232,13 +239,39 @@ def test_pointwise(sizes: tuple, bias: bool, relu: bool, by_sign: bool) -> None:
         return total.relu() if relu else total
 
     laid_out = Pointwise.of_two(weight, other, stride) if by_sign else Pointwise.of(weight, stride)
-    squares = squared(x, weight.abs().maximum(other.abs()), stride)
+    magnitudes = magnitudes_of(x, weight.abs().maximum(other.abs()), stride)
     assert_as_exact(
         products.convolution(laid_out, x, shift, RELU if relu else None),
         layer(torch.float32),
         layer(torch.float64),
-        squares,
+        magnitudes,
     )
+
+
+@given(sizes=pointwise_sizes, bias=st.booleans(), relu=st.booleans())
+@settings(max_examples=25)
+def test_pointwise_in_bfloat16(sizes: tuple, bias: bool, relu: bool) -> None:
+    """Each value is off by the rounding of the result, and little more."""
+    batch, channels, filters, height, width, stride = sizes
+    channels += channels % 2  # pairs
+    x, weight = images(batch, channels, height, width).bfloat16(), draw(filters, channels, 1, 1, seed=1).bfloat16()
+    shift = draw(filters, seed=2).bfloat16() if bias else None
+    exact = F.conv2d(x.double(), weight.double(), None if shift is None else shift.double(), stride)
+    magnitudes = F.conv2d(x.double().abs(), weight.double().abs(), None, stride)
+    if relu:
+        exact = exact.relu()
+    assert Pointwise.fits(weight.shape, [0, 0], 1, torch.bfloat16)
+    found = products.convolution(Pointwise.of(weight, stride), x, shift, RELU if relu else None)
+    assert found.shape == exact.shape and found.dtype is torch.bfloat16
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() + 2**-20 * magnitudes).all()
+
+
+def test_pointwise_takes_what_it_fits_alone() -> None:
+    good = ((24, 6, 1, 1), [0, 0], 1, torch.bfloat16)
+    assert Pointwise.fits(*good) and Pointwise.fits((24, 7, 1, 1), [0, 0], 1, torch.float32)
+    for at, wrong in [(0, (24, 7, 1, 1)), (0, (24, 6, 1, 3)), (0, (24, 6, 1)), (1, [0, 1]), (2, 2)]:
+        assert not Pointwise.fits(*(wrong if i == at else value for i, value in enumerate(good)))
 
 
 Windows = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # stride, padding, dilation
@@ -262,13 +295,13 @@ def assert_both_ways(
 ) -> None:  # fmt: skip
     """A layer and its transpose against float64."""
     exact = forward(x.double(), weight, shift, how, groups, clamp)
-    squares = squared(x, weight, *how, groups)
+    magnitudes = magnitudes_of(x, weight, *how, groups)
     found = products.convolution(layer, x, shift, clamp)
-    assert_as_exact(found, forward(x, weight, shift, how, groups, clamp), exact, squares)
+    assert_as_exact(found, forward(x, weight, shift, how, groups, clamp), exact, magnitudes)
     s = images(*exact.shape, seed=3)
     of_s, of_double = (transpose(t, x, weight, how, groups) for t in (s, s.double()))
-    of_squares = transpose(s.double() ** 2, x, weight.double() ** 2, how, groups)
-    assert_as_exact(products.convolution(back, s, None), of_s, of_double, of_squares)
+    of_magnitudes = transpose(s.double().abs(), x, weight.double().abs(), how, groups)
+    assert_as_exact(products.convolution(back, s, None), of_s, of_double, of_magnitudes)
 
 
 windows = st.tuples(
@@ -369,7 +402,7 @@ def test_added(kind: str) -> None:
     out = before.clone()
     assert products.convolution_add_(out, layer, x) is out
     direct, exact = before + F.conv2d(x, weight, **how), before.double() + F.conv2d(x.double(), weight.double(), **how)
-    assert_as_exact(out, direct, exact, squared(x, weight, **how))
+    assert_as_exact(out, direct, exact, magnitudes_of(x, weight, **how))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -429,7 +462,7 @@ def test_either_of_two(filters: int, channels: int, batch: int) -> None:
     choice = sign >= 0
     exact = torch.where(choice, F.conv2d(x.double(), upper.double()), F.conv2d(x.double(), lower.double()))
     direct = torch.where(choice, F.conv2d(x, upper), F.conv2d(x, lower))
-    assert_as_exact(found, direct, exact, squared(x, upper.abs().maximum(lower.abs())))
+    assert_as_exact(found, direct, exact, magnitudes_of(x, upper.abs().maximum(lower.abs())))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -458,7 +491,7 @@ def test_every_instruction_set_and_number_of_threads(kind: str) -> None:
                 torch.set_num_threads(count)
                 results.append(products.convolution(layer, x, None))
             assert all(torch.equal(results[0], r) for r in results[1:])
-            assert_as_exact(results[0], F.conv2d(x, weight, **how), exact, squared(x, weight, **how))
+            assert_as_exact(results[0], F.conv2d(x, weight, **how), exact, magnitudes_of(x, weight, **how))
     finally:
         torch.set_num_threads(threads)
         extension.limit_cpu_capability(None)

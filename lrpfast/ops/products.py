@@ -1,5 +1,5 @@
-"""Convolutions of our own, in C++, with what follows them elementwise in the same call: float32, and 3 x 3 layers in bfloat16 as
-well; channels-last.
+"""Convolutions of our own, in C++, with what follows them elementwise in the same call: float32, and the first two kinds in bfloat16
+as well; channels-last.
 
 Four kinds of layers, the first three with their weights laid out once:
 
@@ -9,7 +9,7 @@ Four kinds of layers, the first three with their weights laid out once:
   window of zeros gives zero exactly. Infinities may come out as NaN. In bfloat16 only the transformed tiles and filters are
   rounded, and the result: the error is that of rounding operands, times 5 / 3.
 - `Pointwise`: 1 x 1 filters, a product of matrices (csrc/pointwise_cpu.h). It also takes the positive part of a layer with signed
-  input (RULES §2: ``W⁺x⁺ + W⁻x⁻``), and its transpose, in one product.
+  input (RULES §2: ``W⁺x⁺ + W⁻x⁻``), and its transpose, in one product, in float32.
 - `Depthwise`: one filter a channel, of any window, or the transpose of such a layer (csrc/depthwise_cpu.h). It is bound by memory.
 - `Direct`: any window, or the transpose of such a layer, for few places and a large weight (csrc/convolution_cpu.h). The weight is
   read once from where the model has it, and takes no memory of its own.
@@ -55,12 +55,14 @@ def is_fast() -> bool:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 faster than float32."""
-    return native.extension is not None and native.extension.cpu_capability() == "avx512_bf16"
+    """Whether the processor multiplies pairs of bfloat16, and these can be expected to keep up with oneDNN: where that has the tiles
+    of AMX, it is three times as fast."""
+    pairs = native.extension is not None and native.extension.cpu_capability() == "avx512_bf16"
+    return pairs and not torch.cpu._is_amx_tile_supported()
 
 
 def takes(x: Tensor) -> bool:
-    """Whether values of this tensor's dtype and device can be read; a fake tensor will do. Bfloat16 is for `Winograd` alone."""
+    """Whether values of this tensor's dtype and device can be read; a fake tensor will do. Bfloat16 is for the first two kinds alone."""
     return native.takes(x) and x.dim() == 4
 
 
@@ -147,7 +149,7 @@ class Pointwise:
     ----------
     weight
         ``[K / 32 rounded up, C, 32]``, padded with zeros; of a layer by sign ``[K / 32 rounded up, C, 2, 32]``, the first of the
-        two for values that are not negative.
+        two for values that are not negative; in bfloat16 pairs of channels, ``[K / 32 rounded up, C / 2, 32, 2]``.
     filters
         K.
     stride
@@ -162,14 +164,18 @@ class Pointwise:
     by_sign: bool = False
 
     @staticmethod
-    def fits(weight_shape: Sequence[int], padding: Sequence[int], groups: int) -> bool:
-        """Whether a layer with filters of this shape is one."""
-        return [*weight_shape[2:]] == [1, 1] and not any(padding) and groups == 1
+    def fits(weight_shape: Sequence[int], padding: Sequence[int], groups: int, dtype: torch.dtype) -> bool:
+        """Whether a layer with filters of this shape, on values of this dtype, is one."""
+        plain = [*weight_shape[2:]] == [1, 1] and not any(padding) and groups == 1
+        return plain and (dtype is torch.float32 or weight_shape[1] % 2 == 0)
 
     @classmethod
     def of(cls, weight: Tensor, stride: Sequence[int]) -> Pointwise:
-        """Lay out filters ``[K, C, 1, 1]``."""
-        return cls(_panels(weight), weight.shape[0], tuple(stride))
+        """Lay out filters ``[K, C, 1, 1]``, float32 or bfloat16."""
+        panels = _panels(weight)
+        if weight.dtype is torch.bfloat16:
+            panels = panels.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
+        return cls(panels, weight.shape[0], tuple(stride))
 
     @classmethod
     def of_two(cls, upper: Tensor, lower: Tensor, stride: Sequence[int]) -> Pointwise:
@@ -179,7 +185,8 @@ class Pointwise:
 
     def empty(self, x: Tensor) -> Tensor:
         """Memory for the result."""
-        return _images(x.shape[0], self.filters, [-(-n // t) for n, t in zip(x.shape[2:], self.stride, strict=True)])
+        size = [-(-n // t) for n, t in zip(x.shape[2:], self.stride, strict=True)]
+        return _images(x.shape[0], self.filters, size, x.dtype)
 
     def run(self, x: Tensor, out: Tensor, then: _Then, sign: Tensor | None = None) -> Tensor:
         assert native.extension is not None
@@ -188,7 +195,8 @@ class Pointwise:
         threads = torch.get_num_threads()
         rows = 14 if depth <= 64 else 28  # at a time: their products stay in the first-level cache, or near it
         workspace = torch.empty(threads * rows * (depth + _SKEW + (width if sign is None else 2 * width)))
-        native.extension.pointwise(
+        narrow = self.weight.dtype is torch.bfloat16
+        (native.extension.pointwise_bfloat16 if narrow else native.extension.pointwise)(
             x.data_ptr(), self.weight.data_ptr(), self.by_sign, _pointer(sign), out.data_ptr(), workspace.data_ptr(),
             x.shape[0], x.shape[2:], out.shape[2:], self.stride, x.shape[1], self.filters, rows, then, threads,
         )  # fmt: skip

@@ -249,7 +249,7 @@ class Convolutions:
             return _OWN[Winograd], make
         if at_call:
             return direct
-        if Pointwise.fits(shape, padding, groups) and not narrow:
+        if Pointwise.fits(shape, padding, groups, value(x).dtype) and not (narrow and by_sign):
             make = functools.partial(
                 self._prepare, weight, f"product {kind}", lambda t: Pointwise.of(arranged(t), stride)
             )

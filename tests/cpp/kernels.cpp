@@ -2,6 +2,7 @@
 //
 // Values are checked against one line of double arithmetic each; the thorough comparison is in tests/test_ops_*.py.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -320,24 +321,40 @@ void test_winograd(std::int64_t height, std::int64_t width, std::int64_t padding
   }
 }
 
-// Integers that nothing rounds.
+// Of a value that has no more digits.
+std::uint16_t narrow(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return static_cast<std::uint16_t>(bits >> 16);
+}
+
+float widened(std::uint16_t value) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(value) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+// Integers, in place of draws from [-1, 1].
+std::vector<float> integers(std::int64_t size, float most) {
+  auto values = draw(size);
+  for (float& value : values) {
+    value = std::round(value * most);
+  }
+  return values;
+}
+
+// Integers that nothing rounds but the end.
 void test_winograd_bfloat16(std::int64_t height, std::int64_t width, std::int64_t padding, int threads) {
   const std::int64_t images = 2, channels = 16, filters = 64, block = 5, chunk = 32;
   const std::int64_t size[2] = {height, width}, out[2] = {height + 2 * padding - 2, width + 2 * padding - 2};
-  auto x = draw(images * height * width * channels), weight = draw(filters * channels * 9);
-  std::vector<std::uint16_t> narrow_x, laid_out(static_cast<std::size_t>(16 * filters * channels));
-  const auto narrow = [](float integer) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &integer, sizeof bits);
-    return static_cast<std::uint16_t>(bits >> 16);
-  };
-  for (float& value : x) {
-    value = std::round(value * 2);
-    narrow_x.push_back(narrow(value));
-  }
+  const auto x = integers(images * height * width * channels, 2);
+  auto weight = integers(filters * channels * 9, 1);
   for (float& value : weight) {
-    value = 4 * std::round(value);
+    value *= 4;
   }
+  std::vector<std::uint16_t> narrow_x(x.size()), laid_out(static_cast<std::size_t>(16 * filters * channels));
+  std::transform(x.begin(), x.end(), narrow_x.begin(), narrow);
   for (std::int64_t i = 0; i < filters * channels; ++i) {
     const std::int64_t filter = i / channels, channel = i % channels;
     for (int point = 0; point < 16; ++point) {
@@ -354,10 +371,7 @@ void test_winograd_bfloat16(std::int64_t height, std::int64_t width, std::int64_
   for (std::size_t i = 0; i < result.size(); ++i) {
     const std::int64_t filter = i % filters, z = i / filters % out[1], y = i / filters / out[1] % out[0];
     const double sum = convolved(x, weight, size, channels, 3, i / filters / out[1] / out[0], y - padding, z - padding, filter);
-    const std::uint32_t wide = static_cast<std::uint32_t>(result[i]) << 16;
-    float found;
-    std::memcpy(&found, &wide, sizeof found);
-    check(std::fabs(found - sum) <= std::fabs(sum) / 256, "winograd_bfloat16", static_cast<std::int64_t>(i));
+    check(std::fabs(widened(result[i]) - sum) <= std::fabs(sum) / 256, "winograd_bfloat16", static_cast<std::int64_t>(i));
   }
 }
 
@@ -375,10 +389,10 @@ void test_pointwise(std::int64_t channels, std::int64_t filters, std::int64_t st
   }
   auto result = poison(results), workspace = poison(threads * block * (channels + 16 + (by_given ? 2 : 1) * width));
   const Epilogue epilogue = {bias.data(), false, true, 0, 1, nullptr, nullptr, nullptr, 0.0f};
-  const PointwiseArguments arguments = {x.data(), laid_out.data(), by_sign, by_given ? given.data() : nullptr,
+  const PointwiseArguments<float> arguments = {x.data(), laid_out.data(), by_sign, by_given ? given.data() : nullptr,
                                         result.data(), workspace.data(), images, {size[0], size[1]},
                                         {out[0], out[1]}, {stride, stride}, channels, filters, block, threads, epilogue};
-  run<PointwiseArguments, &Kernels::pointwise>(arguments, threads, 1, threads);
+  run<PointwiseArguments<float>, &Kernels::pointwise>(arguments, threads, 1, threads);
   for (std::size_t i = 0; i < result.size(); ++i) {
     const std::int64_t filter = i % filters, z = i / filters % out[1], y = i / filters / out[1] % out[0];
     const float* row = &x[((i / filters / out[1] / out[0] * size[0] + y * stride) * size[1] + z * stride) * channels];
@@ -388,6 +402,33 @@ void test_pointwise(std::int64_t channels, std::int64_t filters, std::int64_t st
       sum += double(row[c]) * weight[filter * depth + (second ? channels + c : c)];
     }
     check(std::fabs(result[i] - std::fmin(std::fmax(sum, 0), 1)) < 1e-3, "pointwise", i);
+  }
+}
+
+void test_pointwise_bfloat16(std::int64_t channels, std::int64_t filters, std::int64_t stride, int threads) {
+  const std::int64_t images = 2, block = 9, width = (filters + 31) / 32 * 32;
+  const std::int64_t size[2] = {5, 7}, out[2] = {(4 + stride) / stride, (6 + stride) / stride};
+  const auto x = integers(images * size[0] * size[1] * channels, 2), weight = integers(filters * channels, 2);
+  std::vector<std::uint16_t> narrow_x(x.size()), laid_out(static_cast<std::size_t>(width * channels));
+  std::transform(x.begin(), x.end(), narrow_x.begin(), narrow);
+  for (std::int64_t i = 0; i < filters * channels; ++i) {
+    const std::int64_t filter = i / channels, channel = i % channels;
+    laid_out[((filter / 32 * channels + channel) / 2 * 32 + filter % 32) * 2 + channel % 2] = narrow(weight[i]);
+  }
+  std::vector<std::uint16_t> result(static_cast<std::size_t>(images * out[0] * out[1] * filters), 0x7fc0);
+  auto workspace = poison(threads * block * (channels / 2 + 16 + width));
+  const PointwiseArguments<std::uint16_t> arguments = {
+      narrow_x.data(), laid_out.data(), BySign::kNone, nullptr, result.data(), workspace.data(), images,
+      {size[0], size[1]}, {out[0], out[1]}, {stride, stride}, channels, filters, block, threads, {}};
+  run<PointwiseArguments<std::uint16_t>, &Kernels::pointwise_bfloat16>(arguments, threads, 1, threads);
+  for (std::size_t i = 0; i < result.size(); ++i) {
+    const std::int64_t filter = i % filters, z = i / filters % out[1], y = i / filters / out[1] % out[0];
+    const float* row = &x[((i / filters / out[1] / out[0] * size[0] + y * stride) * size[1] + z * stride) * channels];
+    double sum = 0;
+    for (std::int64_t c = 0; c < channels; ++c) {
+      sum += double(row[c]) * weight[filter * channels + c];
+    }
+    check(std::fabs(widened(result[i]) - sum) <= std::fabs(sum) / 256, "pointwise_bfloat16", static_cast<std::int64_t>(i));
   }
 }
 
@@ -491,6 +532,7 @@ int main() {
   bind_openmp({team, [] { return member; }, [] { return members; }});
   for (int threads : {1, 2, 3}) {
     test_winograd_bfloat16(5, 8, 1, threads);  // by the best set there is: all others' kernels are in the sets below
+    test_pointwise_bfloat16(18, 40, 2, threads);
   }
   for (const char* capability : {"avx512", "avx2", "default"}) {
     limit_cpu_capability(capability);
@@ -512,6 +554,8 @@ int main() {
         test_pointwise(17, 40, 2, by_sign, threads);
         test_pointwise(300, 72, 1, by_sign, threads);
       }
+      test_pointwise_bfloat16(6, 5, 1, threads);
+      test_pointwise_bfloat16(600, 40, 1, threads);
       test_depthwise(5, 3, 1, 1, 1, threads);
       test_depthwise(40, 3, 2, 1, 1, threads);
       test_depthwise(33, 5, 3, 4, 2, threads);
