@@ -255,7 +255,7 @@ def _fold(builder: Builder, node: fx.Node, layer: fx.Node, statistics: list, eps
     convolution = layer.target is aten.convolution.default
     if not (convolution or (layer.target is aten.linear.default and rank(layer) == 2)):
         return None
-    if len(source.users) != 1 or not _is_constant(layer.args[1]) or "folded" in source.meta:
+    if len(source.users) != 1 or not _is_constant(layer.args[1]):
         return None
     weight, bias = layer.args[1:3]
     scale, shift = batch_norm_affine(statistics, eps)

@@ -462,6 +462,19 @@ def test_large_weights_in_bfloat16_for_one_image(fast: bool, monkeypatch: pytest
     assert {k for k in kinds if f"ratio (in a convolution {k})" in operations} == (kinds if fast else set())
 
 
+@pytest.mark.parametrize(("precision", "batch"), [(None, 1), (None, 2), ("bfloat16", 1), ("bfloat16", 2)])
+def test_two_batch_norms_in_a_row_count_both(precision: str | None, batch: int) -> None:
+    model = Normed().eval()
+    model.layers[7] = nn.Sequential(model.layers[7], Normed().eval().layers[4])
+    for norm in (model.layers[7][0], model.layers[7][1]):
+        norm.weight.data.mul_(1.5)
+    x = torch.randn(batch, 3, 17, 15, generator=torch.Generator().manual_seed(1))
+    found = lrpfast.explain(model, x, target=2, composite="epsilon_plus", precision=precision).output
+    expected = model(x).detach()
+    error = torch.linalg.vector_norm(found.float() - expected) / torch.linalg.vector_norm(expected)
+    assert error < (1e-5 if precision is None else 0.02)
+
+
 def test_a_large_weight_that_is_cast_is_not_read_as_it_was() -> None:
     """For one image large weights are read where the model has them: not where they are of another dtype there."""
     torch.manual_seed(0)

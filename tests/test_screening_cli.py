@@ -94,7 +94,8 @@ class TestScreen:
 
         record = ("0", "@features", "3")
         explainer = lrpfast.Explainer(make(), torch.rand(2, 3, SIZE, SIZE), record=record)
-        explainer.save("net.pt2")
+        recorded = (part for name in record for part in ("--record", name))
+        call("compile", "--model", "nets:make", "--size", SIZE, "-o", "net.pt2", *recorded)
         call("screen", "--model", "net.pt2", "--data", "data", "-o", "out", "--workers", 0, "--stage", "explain")
         found = rows(folder / "out")
         assert found["features"].shape == (12, 4)

@@ -122,7 +122,16 @@ def explain(images: tuple[Path, ...], model: ModelOptions, engine: EngineOptions
 @model_and_engine
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE.pt2", help="Write the program here.")
 @click.option("--onnx", type=click.Path(path_type=Path), metavar="FILE.onnx", help="Write it as ONNX here.")
-def compile_(model: ModelOptions, engine: EngineOptions, output: Path | None, onnx: Path | None) -> None:
+@click.option(
+    "--record",
+    multiple=True,
+    metavar="GLOB",
+    help="Have the program return the relevance of these modules' outputs as well; @features: of each channel that the last "
+    "layer reads, which a screening looks for groups in. May be given several times.",
+)
+def compile_(
+    model: ModelOptions, engine: EngineOptions, output: Path | None, onnx: Path | None, record: tuple[str, ...]
+) -> None:
     """Compile a model and its explanation to one program, a file that needs neither the model's code nor its library.
 
     The .pt2 file also holds the preprocessing of images and the names of the classes; `lrpfast explain --model
@@ -130,7 +139,7 @@ def compile_(model: ModelOptions, engine: EngineOptions, output: Path | None, on
     """
     from lrpfast.cli.compile import run
 
-    run(model, engine, output, onnx)
+    run(model, engine, output, onnx, record)
 
 
 @main.command(epilog=_MODELS + "\n" + _STATUSES)

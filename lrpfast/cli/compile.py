@@ -12,8 +12,10 @@ from lrpfast.errors import OutputError
 from lrpfast.files import check_writable, make_folder
 
 
-def run(model: ModelOptions, engine: EngineOptions, output: Path | None, onnx: Path | None) -> None:
-    """Write the program of the model as .pt2, as .onnx, or both.
+def run(
+    model: ModelOptions, engine: EngineOptions, output: Path | None, onnx: Path | None, record: tuple[str, ...]
+) -> None:
+    """Write the program of the model as .pt2, as .onnx, or both; `record` as of `lrpfast.Explainer`.
 
     Raises
     ------
@@ -30,7 +32,7 @@ def run(model: ModelOptions, engine: EngineOptions, output: Path | None, onnx: P
             raise OutputError(f"the name {path} does not end in {suffix}")
         check_writable(path.parent)
     loaded = setup.load(model)
-    explainer, _ = setup.make_explainer(loaded, engine)
+    explainer, _ = setup.make_explainer(loaded, engine, record)
     for path, suffix in wanted:
         make_folder(path.parent)
         if suffix == ".onnx":
