@@ -22,6 +22,7 @@ from lrpfast import checks
 from lrpfast.assign import Assignment, assign
 from lrpfast.canonical import canonicalise
 from lrpfast.capture import capture
+from lrpfast.changes import Watch
 from lrpfast.composites import Composite, get
 from lrpfast.errors import CaptureError, InputError
 from lrpfast.explanation import Explanation
@@ -49,7 +50,7 @@ class Compiled:
     record: tuple[str, ...]
     backend: str
     autotune: bool
-    fingerprint: tuple
+    state: tuple
     _joints: dict[Seed, Joint] = dataclasses.field(default_factory=dict)
     _executors: dict[tuple[Seed, bool, int], Executor] = dataclasses.field(default_factory=dict)
     replays: dict[Seed, Replay] = dataclasses.field(default_factory=dict)
@@ -120,7 +121,8 @@ class Explainer:
     ----------
     model
         A module in eval mode, or a `torch.export.ExportedProgram`; never modified. Where its parameters are changed
-        later, the next call captures the model anew.
+        later, the next call captures the model anew; what is written past torch's own count of changes (through ``p.data``, or by
+        NumPy) is noticed on a CPU alone, and where it changes some of the values that are looked at, eight of each parameter.
     example_inputs
         A tensor or a tuple of tensors, dim 0 the batch (of any size). Without, a program is compiled at the first call.
         Programs of a few shapes are kept, the least recently used goes first.
@@ -168,6 +170,7 @@ class Explainer:
         if isinstance(record, str):
             record = (record,)
         self._model = model
+        self._watch = Watch(model)
         self._composite = get(composite)
         self._precision = None if precision is None else _PRECISIONS[precision]
         self._backend = _check_backend(backend)
@@ -178,7 +181,7 @@ class Explainer:
         self._lock = threading.Lock()
         if example_inputs is not None:
             inputs = checks.as_inputs(example_inputs)
-            checks.check_inputs(inputs, self._parameters(), finite=False)
+            checks.check_inputs(inputs, self._watch.tensors(), finite=False)
             compiled = self._compile(inputs)
             compiled.executor(compiled.default_seed, False, inputs[0].shape[0])
 
@@ -209,7 +212,7 @@ class Explainer:
         """
         chosen = checks.check_seed(seed)
         tensors = checks.as_inputs(inputs)
-        checks.check_inputs(tensors, self._parameters())
+        checks.check_inputs(tensors, self._watch.tensors())
         compiled = self._compile(tensors)
         is_relevance = isinstance(target, torch.Tensor) and target.is_floating_point()
         kind = Seed.TENSOR if is_relevance else chosen
@@ -364,30 +367,19 @@ class Explainer:
     def _need_compiled(self, what: str) -> Compiled:
         if self._latest is None:
             raise InputError(f"{what}: no program yet; give the Explainer example_inputs, or call it once")
-        if self._latest.fingerprint != self._fingerprint():
+        if self._latest.state != self._watch.state():
             raise InputError(
                 f"{what}: the model was changed since the program was made; call the Explainer once more first"
             )
         return self._latest
 
-    def _parameters(self) -> list[torch.Tensor]:
-        if isinstance(self._model, ExportedProgram):
-            return [*self._model.state_dict.values()]
-        return [*self._model.parameters(), *self._model.buffers()]
-
-    def _fingerprint(self) -> tuple:
-        """Changes where a parameter is written to or replaced, and where a module changes its mode."""
-        tensors = tuple((p.data_ptr(), p._version) for p in self._parameters() if not p.is_inference())
-        modes = () if isinstance(self._model, ExportedProgram) else tuple(m.training for m in self._model.modules())
-        return (tensors, modes)
-
     def _compile(self, inputs: tuple[torch.Tensor, ...]) -> Compiled:
         key = tuple((tuple(x.shape[1:]), x.dtype, x.device) for x in inputs)
-        fingerprint = self._fingerprint()
+        state = self._watch.state()
         with self._lock:
             compiled = self._compiled.get(key)
-            if compiled is None or compiled.fingerprint != fingerprint:
-                compiled = self._make(inputs, fingerprint)
+            if compiled is None or compiled.state != state:
+                compiled = self._make(inputs, state)
                 self._compiled[key] = compiled
                 while len(self._compiled) > _KEPT_PROGRAMS:
                     self._compiled.popitem(last=False)
@@ -395,7 +387,7 @@ class Explainer:
             self._latest = compiled
             return compiled
 
-    def _make(self, inputs: tuple[torch.Tensor, ...], fingerprint: tuple) -> Compiled:
+    def _make(self, inputs: tuple[torch.Tensor, ...], state: tuple) -> Compiled:
         captured = capture(self._model, inputs)
         if len(captured.program.inputs) != len(inputs):
             raise InputError(f"the model takes {len(captured.program.inputs)} tensor inputs, {len(inputs)} were given")
@@ -411,7 +403,7 @@ class Explainer:
         rules = assign(program, self._composite)
         backend = _backend_on(inputs[0].device, self._backend)
         autotune = self._autotune and (backend == "native" or (backend == "triton" and inputs[0].is_cuda))
-        compiled = Compiled(program, captured.pack, rules, self._record, backend, autotune, fingerprint)
+        compiled = Compiled(program, captured.pack, rules, self._record, backend, autotune, state)
         for node in compiled.joint(compiled.default_seed).program.inputs:
             _check_batch(node)
         return compiled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable
 
 import psutil
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 import lrpfast
 from lrpfast import errors
+from lrpfast.changes import Watch
 
 
 class Net(nn.Module):
@@ -121,15 +123,51 @@ class Branching(nn.Module):
         return x if x.sum() > 0 else -x
 
 
-def test_changed_weights_are_noticed(model: Net):
+def double_counted(weight: torch.Tensor) -> None:
+    with torch.no_grad():
+        weight.mul_(2.0)
+
+
+def double_data(weight: torch.Tensor) -> None:
+    weight.data.mul_(2.0)
+
+
+def double_array(weight: torch.Tensor) -> None:
+    weight.detach().numpy()[...] *= 2
+
+
+@pytest.mark.parametrize("double", [double_counted, double_data, double_array])
+def test_changed_weights_are_noticed(model: Net, double: Callable[[torch.Tensor], None]):
     x = torch.randn(2, 3, 8, 8)
     explainer = lrpfast.Explainer(model, x, composite="epsilon")
     first = explainer(x).relevance
-    with torch.no_grad():
-        model.head.weight.mul_(2.0)
+    double(model.head.weight)
     changed = explainer(x).relevance
     assert not torch.allclose(first, changed)
     assert torch.equal(changed, lrpfast.explain(model, x, composite="epsilon").relevance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "arranged",
+    [
+        lambda t: t, lambda t: t.contiguous(memory_format=torch.channels_last), lambda t: t.mT, lambda t: t[:1, :1],
+        lambda t: torch.cat([t, t])[3:],
+    ],
+)  # fmt: skip
+def test_values_are_looked_at_wherever_they_lie(dtype: torch.dtype, arranged: Callable[[torch.Tensor], torch.Tensor]):
+    net = nn.Module()
+    net.weight = nn.Parameter(arranged(torch.randn(7, 5, 3, 3).to(dtype)))
+    net.other, net.count = nn.Parameter(torch.randn(3)), nn.Parameter(torch.arange(3), requires_grad=False)
+    watch = Watch(net)
+    before = watch.state()
+    assert watch.state() == before
+    net.weight.data.add_(1)
+    after = watch.state()
+    assert after != before and after[:-1] == before[:-1]
+    net.weight.data = net.weight.data.clone()
+    assert watch.state()[0] != after[0]
+    assert watch.state() == watch.state()
 
 
 def test_memory_stays_flat():

@@ -1,0 +1,63 @@
+"""Notice that a model was changed since its program was made: a map of weights that are no longer there would be a wrong map.
+
+torch counts what is written to a tensor. It does not count what is written through ``p.data``, through NumPy or by another process, and
+an inference tensor has no count. So on a CPU a few values of each tensor are compared as well: whatever changes weights in bulk changes
+these. Comparing all would take as long as reading the model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.export import ExportedProgram
+
+_VALUES = 8  # of each tensor, evenly spread over its memory
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Places = tuple[int, ...]
+
+
+class Watch:
+    """Watches the parameters, buffers and modes of a model, which it keeps a reference to.
+
+    Parameters
+    ----------
+    model
+        A module, or an exported program.
+    """
+
+    def __init__(self, model: torch.nn.Module | ExportedProgram) -> None:
+        self._model = model
+        self._sampled: tuple[Places, list[torch.Tensor]] = ((), [])
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The parameters and buffers."""
+        if isinstance(self._model, ExportedProgram):
+            return [*self._model.state_dict.values()]
+        return [*self._model.parameters(), *self._model.buffers()]
+
+    def state(self) -> tuple[object, ...]:
+        """What is another value once a tensor is written to or replaced, or a module changes its mode."""
+        tensors = self.tensors()
+        places = tuple(t.data_ptr() for t in tensors)
+        versions = tuple(t._version for t in tensors if not t.is_inference())
+        modes = () if isinstance(self._model, ExportedProgram) else tuple(m.training for m in self._model.modules())
+        return places, versions, modes, self._values(tensors, places)
+
+    def _values(self, tensors: list[torch.Tensor], places: Places) -> bytes:
+        known, samples = self._sampled
+        if known != places:
+            samples = [sample for t in tensors for sample in _samples(t)]
+            self._sampled = places, samples
+        with torch.inference_mode(False), torch.no_grad():
+            return torch.cat(samples).double().numpy().tobytes() if samples else b""
+
+
+def _samples(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """A few of a tensor's values, as a view of its memory, in which they may change; none where that is no plain memory."""
+    plain = tensor.detach()
+    if type(plain) is not torch.Tensor or plain.device.type != "cpu" or plain.dtype not in _DTYPES or not plain.numel():
+        return []
+    if plain.layout is not torch.strided:
+        return []
+    lying = plain.permute(sorted(range(plain.dim()), key=plain.stride, reverse=True))
+    return [lying.view(-1)[:: -(-plain.numel() // _VALUES)]] if lying.is_contiguous() else []
