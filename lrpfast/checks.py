@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ def as_inputs(inputs: Any) -> tuple[torch.Tensor, ...]:
     return tuple(given)
 
 
-def check_inputs(inputs: tuple[torch.Tensor, ...], parameters: list[torch.Tensor], finite: bool = True) -> None:
+def check_inputs(inputs: tuple[torch.Tensor, ...], parameters: Iterable[torch.Tensor], finite: bool = True) -> None:
     """Rank, batch, dtype, device and values of the inputs.
 
     Raises
