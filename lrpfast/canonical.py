@@ -273,7 +273,7 @@ def _fold(builder: Builder, node: fx.Node, layer: fx.Node, statistics: list, eps
     new_bias = (old_bias * scale + shift).to(dtype)
     path, builder.path = builder.path, layer.meta["path"]
     nodes = [
-        builder.derived(("folded", node.name), new_weight, f"{weight.target}_folded"),
+        builder.derived(("folded", node.name), new_weight, f"{weight.target}_folded", value(weight)),
         builder.constant(new_bias, f"{weight.target}_folded_bias"),
     ]
     if given is not None and not transposed:

@@ -280,7 +280,8 @@ def _call(builder: Builder, node: fx.Node, args: Any, kwargs: Any) -> Any:
     target = node.target
     if _is_in_place(node):
         target = getattr(getattr(aten, operation_name(node)[:-1]), target._overloadname)
-    return builder.call(target, *args, **kwargs)
+    fake = node.meta.get("val")
+    return builder.call(target, *args, **kwargs) if fake is None else builder.call_of(fake, target, args, kwargs)
 
 
 @dataclasses.dataclass(frozen=True)

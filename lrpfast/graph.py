@@ -72,10 +72,14 @@ class Constants(MutableMapping[str, torch.Tensor]):
         name = self._names.get(id(tensor))
         return name if name is not None and self._tensors.get(name) is tensor else None
 
-    def derive(self, name: str, tensor: torch.Tensor, make: Callable[[], torch.Tensor]) -> None:
-        """Add a constant that is derived. `make` asks for other constants by `maker`, and must not hold on to what it gets."""
+    def derive(self, name: str, tensor: torch.Tensor | None, make: Callable[[], torch.Tensor]) -> None:
+        """Add a constant that is derived; None where it was not made yet. `make` asks for other constants by `maker`, and must not
+        hold on to what it gets."""
         self._makers[name] = make
-        self._hold(name, tensor)
+        if tensor is None:
+            self._tensors[name] = None
+        else:
+            self._hold(name, tensor)
 
     def _hold(self, name: str, tensor: torch.Tensor) -> None:
         self[name] = tensor
@@ -193,36 +197,50 @@ class Builder:
         known = self.constants.name_of(tensor)
         if known is not None:
             return self._nodes[known]
-        node = self._constant_node(tensor, hint)
+        node = self._constant_node(self._fake(tensor), hint)
         self.constants[node.target] = tensor
         return node
 
-    def derived(self, key: tuple, make: Callable[[], torch.Tensor], hint: str) -> fx.Node:
-        """A constant that is computed once for each key, however many layers ask for it; see `Constants.derive`."""
-        if key not in self._derived:
+    def derived(
+        self, key: tuple, make: Callable[[], torch.Tensor], hint: str, like: torch.Tensor | None = None
+    ) -> fx.Node:
+        """A constant that is computed once for each key, however many layers ask for it; see `Constants.derive`.
+
+        Given a fake tensor that it is `like`, it is made where its values are asked for, not before: most are laid out for a kernel
+        once, and none else needs them.
+        """
+        if key in self._derived:
+            return self._derived[key]
+        tensor = None
+        if like is None:
             with torch.no_grad():
                 tensor = make()
             known = self.constants.name_of(tensor)
             if known is not None:  # `make` handed on what was there before
                 self._derived[key] = self._nodes[known]
-            else:
-                node = self._derived[key] = self._constant_node(tensor, hint)
-                self.constants.derive(node.target, tensor, make)
-        return self._derived[key]
+                return self._derived[key]
+            like = self._fake(tensor)
+        node = self._derived[key] = self._constant_node(like, hint)
+        self.constants.derive(node.target, tensor, make)
+        return node
 
-    def _constant_node(self, tensor: torch.Tensor, hint: str) -> fx.Node:
+    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        with self.fake_mode:
+            return self.fake_mode.from_tensor(tensor, static_shapes=True)
+
+    def _constant_node(self, fake: torch.Tensor, hint: str) -> fx.Node:
         name = _free_name(hint, self.constants)
         node = self._nodes[name] = self.graph.create_node("get_attr", name, name=name)
-        with self.fake_mode:
-            node.meta["val"] = self.fake_mode.from_tensor(tensor, static_shapes=True)
+        node.meta["val"] = fake
         node.meta["path"] = self.path
         return node
 
-    def adopt(self, constants: Constants, name: str) -> fx.Node:
+    def adopt(self, constants: Constants, given: fx.Node) -> fx.Node:
         """A constant of another program."""
+        name = given.target
         if not constants.is_derived(name):
             return self.constant(constants[name], name)
-        node = self.derived(("adopted", name), lambda: constants[name], name)
+        node = self.derived(("adopted", name), lambda: constants[name], name, value(given))
         self.constants.adopt(node.target, constants, name)
         return node
 
@@ -232,11 +250,17 @@ class Builder:
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Append a call and compute its fake value."""
-        node = self.graph.call_function(target, args, kwargs)
+        node = self.call_of(None, target, args, kwargs)
         fakes, fake_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         # The Python dispatcher keeps composite operators symbolic; in C++ they would fix the batch.
         with self.fake_mode, enable_python_dispatcher(), torch.no_grad():
             node.meta["val"] = target(*fakes, **fake_kwargs)
+        return node
+
+    def call_of(self, fake: Any, target: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> fx.Node:
+        """Append a call whose fake value is known."""
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta["val"] = fake
         node.meta["path"] = self.path
         return node
 

@@ -84,8 +84,8 @@ class Layer:
         def made(source: fx.Node) -> fx.Node:
             hint = f"{source.target}_{'_'.join(map(str, key))}"
             make = build.constants.maker(source.target)
-            node = build.derived((*key, source.target), lambda: modify(make()), hint)
-            if scales is not None and node is not source:
+            node = build.derived((*key, source.target), lambda: modify(make()), hint, value(source))
+            if scales is not None:
                 build.constants.scale(node.target, source.target, scales)
             return node
 

@@ -106,7 +106,7 @@ def _copy(program: Program) -> tuple[Builder, dict[fx.Node, fx.Node]]:
             continue
         if node.op == "get_attr":
             build.path = node.meta["path"]
-            mapping[node] = build.adopt(program.constants, node.target)
+            mapping[node] = build.adopt(program.constants, node)
         else:
             mapping[node] = build.graph.node_copy(node, lambda n: mapping[n])
     return build, mapping
