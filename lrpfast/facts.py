@@ -42,7 +42,7 @@ class Facts:
     Attributes
     ----------
     nonnegative
-        Values that are >= 0 for every input.
+        Values that are >= 0 for every input; layers' weights are not looked at.
     only_relu
         Values whose single user is a ReLU.
     """
@@ -59,7 +59,7 @@ def prove(program: Program) -> Facts:
     nonnegative: set[fx.Node] = set()
     only_relu: set[fx.Node] = set()
     for node in program.graph.nodes:
-        if node.op == "get_attr":
+        if node.op == "get_attr" and not _is_weight(node):
             tensor = program.constants[node.target]
             if tensor.is_floating_point() and bool((tensor >= 0).all()):
                 nonnegative.add(node)
@@ -69,6 +69,11 @@ def prove(program: Program) -> Facts:
         if len(users) == 1 and users[0].op == "call_function" and operation_name(users[0]) == "relu":
             only_relu.add(node)
     return Facts(frozenset(nonnegative), frozenset(only_relu))
+
+
+def _is_weight(node: fx.Node) -> bool:
+    """Whether a constant is weight or bias of layers alone: its sign proves nothing, and to look at it, it may have to be made."""
+    return all(operation_name(user) in ("convolution", "linear") and user.args[0] is not node for user in node.users)
 
 
 def _is_nonnegative(node: fx.Node, known: set[fx.Node]) -> bool:

@@ -11,7 +11,11 @@ import torch
 from torch import nn
 
 import lrpfast
+from lrpfast import canonical
+from lrpfast.assign import assign
+from lrpfast.capture import capture
 from lrpfast.errors import InputError, NumericsError
+from lrpfast.relevance import transform
 from lrpfast.runtime import executor
 
 
@@ -144,6 +148,23 @@ def test_derived_weights_are_let_go_and_made_again(tmp_path: Path) -> None:
     del made
     gc.collect()
     assert reference() is None
+
+
+def test_derived_weights_are_made_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not while the program is built, which needs their shape alone; and they are what was said of them."""
+    made: list[torch.Tensor] = []
+    scale = canonical._scale_outputs
+    monkeypatch.setattr(canonical, "_scale_outputs", lambda *args: made.append(scale(*args)) or made[-1])
+    network = model().to(memory_format=torch.channels_last)
+    program = canonical.canonicalise(capture(network, (X,)).program)
+    joint = transform(program, assign(program, lrpfast.composites.get("epsilon_plus"))).program
+    assert not made
+    for made_of, least in ((program, 1), (joint, 2)):
+        derived = [n for n in made_of.graph.nodes if n.op == "get_attr" and made_of.constants.is_derived(n.target)]
+        assert len(derived) >= least  # the folded weight; its positive part
+        for node in derived:
+            real, fake = made_of.constants[node.target], node.meta["val"]
+            assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride())
 
 
 def test_a_changed_model_is_not_saved_under_its_old_program(tmp_path: Path) -> None:

@@ -65,7 +65,8 @@ class Layer:
 
     @property
     def weight(self) -> torch.Tensor:
-        return self.walk.build.tensor(self.node.args[1])
+        """A fake tensor: its shape, dtype and device; most rules need no more, and the values may have to be made."""
+        return value(self.node.args[1])
 
     @property
     def bias(self) -> torch.Tensor | None:
