@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
@@ -231,7 +232,7 @@ def _read(exported: ExportedProgram) -> Captured:
 def _fake_mode(exported: ExportedProgram) -> Any:
     for node in exported.graph.nodes:
         fake = node.meta.get("val")
-        if isinstance(fake, torch._subclasses.FakeTensor):
+        if isinstance(fake, FakeTensor):
             return fake.fake_mode
     raise CaptureError("the model has neither parameters nor inputs that are tensors")
 
@@ -280,8 +281,11 @@ def _call(builder: Builder, node: fx.Node, args: Any, kwargs: Any) -> Any:
     target = node.target
     if _is_in_place(node):
         target = getattr(getattr(aten, operation_name(node)[:-1]), target._overloadname)
-    fake = node.meta.get("val")
-    return builder.call(target, *args, **kwargs) if fake is None else builder.call_of(fake, target, args, kwargs)
+    fakes = pytree.tree_leaves(node.meta.get("val"))
+    known = all(isinstance(f, FakeTensor) and f.fake_mode is builder.fake_mode for f in fakes)
+    if known:
+        return builder.call_of(node.meta["val"], target, args, kwargs)
+    return builder.call(target, *args, **kwargs)
 
 
 @dataclasses.dataclass(frozen=True)

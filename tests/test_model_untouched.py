@@ -170,6 +170,14 @@ def test_values_are_looked_at_wherever_they_lie(dtype: torch.dtype, arranged: Ca
     assert watch.state() == watch.state()
 
 
+def test_the_models_dtype_is_that_of_its_parameters():
+    """Not of a buffer that stands before them in the order of modules, and is of another dtype for good reason."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).to(torch.bfloat16)
+    net.register_buffer("table", torch.ones(3))
+    found = lrpfast.explain(net, torch.randn(2, 3, 2, 2, dtype=torch.bfloat16), target=1, composite="epsilon")
+    assert found.relevance.dtype is torch.bfloat16
+
+
 def test_memory_stays_flat():
     net = nn.Sequential(
         nn.Conv2d(3, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * 15 * 15, 10)
