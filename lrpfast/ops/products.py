@@ -31,7 +31,8 @@ from lrpfast.ops.filters import PANEL, Filters
 
 _SKEW = 16  # kSkew of csrc/matrix_cpu.h
 _PLACES = 196  # that are worked on at a time by `Direct`: their rows stay in the second-level cache, or near it
-_TILES, _CHUNK = 56, 128  # tiles, and filters, that are worked on at a time: products stay in the second-level cache
+# Tiles, or about as many, and filters, that are worked on at a time: products stay in the second-level cache.
+_TILES, _CHUNK = 56, 128
 
 Clamp = tuple[float, float]  # the smallest and the largest value
 RELU: Clamp = (0.0, math.inf)
@@ -124,7 +125,9 @@ class Winograd:
         weight = self.weight.transformed() if isinstance(self.weight, Filters) else self.weight
         chunk, threads = min(_CHUNK, filters), torch.get_num_threads()
         tiles = out.shape[0] * math.prod(-(-n // 2) for n in out.shape[2:])
-        block = max(1, min(_TILES, -(-tiles // threads)))
+        share = max(1, -(-tiles // threads))
+        # Equal blocks: for a small last one all weights would be read once more.
+        block = -(-share // max(1, round(share / _TILES)))
         narrow = weight.dtype is torch.bfloat16
         depth = channels // 2 if narrow else channels
         workspace = torch.empty(threads * 16 * block * (depth + chunk + 2 * _SKEW))
