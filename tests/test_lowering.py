@@ -412,9 +412,23 @@ def test_bfloat16_by_winograd(composite: str, batch: int, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("tiles", [False, True])
 def test_bfloat16_is_left_to_amx(tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
-    assert native.extension is not None
-    pairs = native.extension.cpu_capability() == "avx512_bf16"
-    assert products.multiplies_bfloat16() == (pairs and not tiles)
+    monkeypatch.setattr(native.extension, "cpu_capability", lambda: "avx512_bf16")
+    assert products.multiplies_bfloat16() == (not tiles)
+    monkeypatch.setattr(native.extension, "cpu_capability", lambda: "avx512")
+    assert not products.multiplies_bfloat16()
+
+
+@pytest.mark.parametrize("composite", ["epsilon_plus", "epsilon_alpha2_beta1"])
+def test_signed_layers_in_bfloat16_take_two_products(composite: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products by sign are in float32 alone, wherever pairs of bfloat16 are multiplied."""
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: True)
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 16, 1), nn.Conv2d(16, 24, 1), nn.ReLU(), nn.Conv2d(24, 8, 1), nn.ReLU())
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    x = torch.randn(2, 3, 9, 9)
+    exact = lrpfast.explain(copy.deepcopy(model).double(), x.double(), target=1, composite=composite).relevance
+    found = lrpfast.Explainer(model, x, composite=composite, precision="bfloat16", autotune=False)(x, target=1)
+    assert torch.linalg.vector_norm(found.relevance.double() - exact) < 0.05 * torch.linalg.vector_norm(exact)
 
 
 @pytest.mark.parametrize("laid_out", [False, True])

@@ -64,8 +64,8 @@ class Layer:
     # --- weights ---
 
     @property
-    def weight(self) -> torch.Tensor:
-        """A fake tensor: its shape, dtype and device; most rules need no more, and the values may have to be made."""
+    def fake_weight(self) -> torch.Tensor:
+        """Shape, dtype and device of the weight; rules need no more, and its values may have to be made."""
         return value(self.node.args[1])
 
     @property
@@ -339,7 +339,7 @@ def _zbox(layer: Layer, message: Message, rule: ZBox) -> Message:
 
 def _bound(layer: Layer, bound: Any, shape: list[int]) -> torch.Tensor:
     """A bound of the box as a tensor ``[1, *]``: from a number, a value a channel, or a tensor of the input's shape."""
-    weight = layer.weight
+    weight = layer.fake_weight
     try:
         tensor = torch.as_tensor(bound).detach().to(dtype=weight.dtype, device=weight.device)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -369,7 +369,7 @@ def _w_square(layer: Layer, message: Message, rule: WSquare) -> Message:
     if isinstance(layer, TargetRow):
         denominator = layer.forward(walk.call(aten.ones_like.default, layer.x), weight, bias)
     else:
-        ones = layer.input_constant(lambda shape: filled(layer.weight, shape, 1.0))
+        ones = layer.input_constant(lambda shape: filled(layer.fake_weight, shape, 1.0))
         real_bias = None if bias is None else walk.build.tensor(bias)
         denominator = walk.constant(layer.evaluate(ones, walk.build.tensor(weight), real_bias), "square_sum")
     return Message((layer.dgrad(walk.ratio(message, denominator, rule.stabilizer), weight),))
@@ -382,12 +382,14 @@ def _flat(layer: Layer, message: Message, rule: Flat) -> Message:
     if not layer.is_conv:
         total = walk.call(aten.sum.dim_IntList, walk.relevance(message), [-1], True)
         return Message(
-            (expand_like(walk, walk.call(aten.div.Tensor, total, layer.weight.shape[1] + rule.stabilizer), x),)
+            (expand_like(walk, walk.call(aten.div.Tensor, total, layer.fake_weight.shape[1] + rule.stabilizer), x),)
         )
     groups = layer.groups
     channels = value(x).shape[1] // groups
-    ones = torch.ones((groups, 1, *layer.weight.shape[2:]), dtype=layer.weight.dtype, device=layer.weight.device)
-    everywhere = layer.input_constant(lambda shape: filled(layer.weight, shape, 1.0))[:, :groups]
+    ones = torch.ones(
+        (groups, 1, *layer.fake_weight.shape[2:]), dtype=layer.fake_weight.dtype, device=layer.fake_weight.device
+    )
+    everywhere = layer.input_constant(lambda shape: filled(layer.fake_weight, shape, 1.0))[:, :groups]
     taps = layer.evaluate(everywhere, ones, None) * channels
     total = walk.call(ops.channel_sum.default, message.carrier, walk.single(message), groups)
     s = walk.call(ops.ratio.default, None, total, walk.constant(taps, "taps"), rule.stabilizer)
