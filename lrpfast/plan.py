@@ -16,7 +16,7 @@ from lrpfast.ops.filters import Filters
 from lrpfast.ops.products import Product
 from lrpfast.relevance import Joint
 from lrpfast.runtime import Executor
-from lrpfast.runtime.lower import VIEWS
+from lrpfast.runtime.lower import is_view
 from lrpfast.runtime.step import Step
 
 _MAC_OPERATIONS = ("convolution", "linear", "conv_dgrad")
@@ -83,7 +83,7 @@ def make_plan(joint: Joint, executor: Executor, composite: str) -> Plan:
             path = node.meta.get("path", "")
             backward[path] = backward.get(path, 0.0) + _gmacs(node)
     kernels = collections.Counter(
-        step.node.meta.get("path", "") for step in executor.steps if operation_name(step.node) not in VIEWS
+        step.node.meta.get("path", "") for step in executor.steps if not is_view(step.node)
     )
     rows = []
     for node, assignment in joint.rules.items():

@@ -612,3 +612,52 @@ def test_a_scaled_constant_is_no_more_than_itself_once_its_source_is_gone() -> N
     del constants["weight_plus"]
     constants["weight_plus"] = torch.zeros(2)  # another tensor of that name
     assert constants.scaled("weight_plus") is None
+
+
+def shifted_sum(y: Tensor) -> Tensor:
+    return y[:, :, 1:] + y[:, :, :-1]
+
+
+def shifted_difference(y: Tensor) -> Tensor:
+    return y[:, :, 1:] - y[:, :, :-1]
+
+
+def by_its_transpose(y: Tensor) -> Tensor:
+    return y * y.transpose(2, 3)
+
+
+def and_its_transpose(y: Tensor) -> Tensor:
+    return y + y.transpose(2, 3)
+
+
+def evens_by_odds(y: Tensor) -> Tensor:
+    return y[:, ::2] * y[:, 1::2]
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize(
+    "meet", [shifted_sum, shifted_difference, by_its_transpose, and_its_transpose, evens_by_odds]
+)
+def test_views_of_one_memory_that_meet_in_a_step(meet: Callable[[Tensor], Tensor], backend: str) -> None:
+    """Written over one of them, a step would read places of the other after it wrote them. Without ReLU guided backpropagation is
+    the gradient."""
+
+    class Meeting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+            self.head = nn.LazyLinear(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(meet(self.conv(x)).flatten(1))
+
+    torch.manual_seed(0)
+    model, x = Meeting(), torch.randn(2, 3, 6, 6)
+    model(x)
+    model.eval()
+    found = lrpfast.explain(model, x, target=1, composite="guided_backprop", seed="one", backend=backend)
+    given = x.clone().requires_grad_()
+    output = model(given)
+    (gradient,) = torch.autograd.grad(output[:, 1].sum(), given)
+    torch.testing.assert_close(found.output, output.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.relevance, gradient, rtol=1e-5, atol=1e-6)

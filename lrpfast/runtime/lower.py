@@ -35,10 +35,17 @@ from lrpfast.runtime.step import Step
 aten = torch.ops.aten
 
 
-VIEWS = {
-    "reshape", "permute", "slice", "select", "expand", "squeeze", "unsqueeze", "transpose", "getitem", "view", "alias",
-    "detach", "narrow", "flatten", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "constant_pad_nd",
-}  # fmt: skip
+# Operations whose result may lie in their operand's memory though their schema does not say so.
+_VIEWS = {"getitem", "constant_pad_nd", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle"}
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a value may lie in the memory of its first operand."""
+    if node.op != "call_function" or not node.all_input_nodes:
+        return False
+    schema = getattr(node.target, "_schema", None)
+    aliases = schema is not None and any(r.alias_info is not None for r in schema.returns)
+    return aliases or operation_name(node) in _VIEWS
 
 
 class Liveness:
@@ -49,8 +56,8 @@ class Liveness:
         self.position = {n: i for i, n in enumerate(nodes)}
         self.root: dict[fx.Node, fx.Node] = {}
         for node in nodes:
-            is_view = node.op == "call_function" and operation_name(node) in VIEWS and node.all_input_nodes
-            self.root[node] = self.root.get(node.all_input_nodes[0], node.all_input_nodes[0]) if is_view else node
+            first = node.all_input_nodes[0] if is_view(node) else node
+            self.root[node] = self.root.get(first, first)
         last: dict[fx.Node, int] = {}
         for node in nodes:
             for used in node.all_input_nodes:
@@ -136,7 +143,8 @@ class Lowering:
                 made = self.convolutions.either(group)
             elif operation_name(group.last) in ("ratio", "ratio_sum"):
                 (ratio,) = self._lower(group.last)
-                out = next((m for m in group.last.args[1:-2] if self._writable(m, group.last)), None)
+                read = [n for replaced in group.replaced for n in replaced.all_input_nodes]
+                out = next((m for m in group.last.args[1:-2] if self._writable(m, group.last, read)), None)
                 made = self.convolutions.ratio(group.last, group.layer, ratio, out)
             else:
                 assert not isinstance(group.layer, fx.Node)
@@ -239,18 +247,32 @@ class Lowering:
 
     # --- elementwise steps ---
 
-    def _writable(self, candidate: Any, user: fx.Node) -> bool:
-        """Whether `user` may write its result over an operand."""
-        return self._replaceable(candidate, user, value(user))
+    def _writable(self, candidate: Any, user: fx.Node, reads: Iterable[fx.Node] = ()) -> bool:
+        """Whether `user` may write its result over an operand, while it also reads what some nodes that it replaces would."""
+        return self._replaceable(candidate, user, value(user), reads)
 
-    def _replaceable(self, candidate: Any, user: fx.Node, result: torch.Tensor) -> bool:
+    def _replaceable(
+        self, candidate: Any, user: fx.Node, result: torch.Tensor, reads: Iterable[fx.Node] = ()
+    ) -> bool:
         return (
             is_tensor(candidate)
             and same_sizes(value(candidate).shape, result.shape)
             and value(candidate).dtype == result.dtype
             and self.liveness.owned(candidate)
             and self.liveness.dies_at(candidate, user)
+            # Elementwise an operand may be the result itself, but no other view of its memory: of that, places are read after they
+            # were written. What is read otherwise may not be in that memory at all.
+            and not any(n is not candidate and self._meet(n, candidate) for n in user.all_input_nodes)
+            and not any(self._meet(n, candidate) for n in reads)
         )
+
+    def _meet(self, one: fx.Node, other: fx.Node) -> bool:
+        """Whether two values may share memory."""
+        return self.liveness.root[one] is self.liveness.root[other]
+
+    def _still_holds(self, operand: fx.Node, user: fx.Node, later: fx.Node) -> bool:
+        """Whether an operand of `user` holds its value when `later` runs: nothing writes over it in between."""
+        return self.liveness.dies_at(operand, user) or self.liveness.lives_until(operand, later)
 
     def _lower_ratio(self, node: fx.Node) -> Step | None:
         carrier, message, denominator, eps = node.args
@@ -294,7 +316,8 @@ class Lowering:
         if not same or not self.liveness.lives_until(x, node):
             return None
         self._postponed.add(condition)
-        out = next((t for t in (upper, lower) if self._writable(t, node)), None)
+        # Elementwise in x as well, but of x itself alone.
+        out = next((t for t in (upper, lower) if self._writable(t, node, [] if t is x else [x])), None)
         return Step(node, self.kernels.select_by_sign, (x, upper, lower, out))
 
     def _lower_relu(self, node: fx.Node) -> Step | None:
@@ -325,6 +348,9 @@ class Lowering:
         """The sum of two transposes: the second is added to the first by the convolution that computes it."""
         both = all(n.target is torch.ops.lrpfast.conv_dgrad.default for n in (left, right))
         if not both or len(right.users) != 1 or right in self.keep:
+            return None
+        s = right.args[0]
+        if self._meet(s, left) or not self._still_holds(s, right, node):
             return None
         added = self.convolutions.dgrad_added(right, left, node)
         if added is not None:

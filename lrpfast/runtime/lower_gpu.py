@@ -96,10 +96,6 @@ class GpuLowering(Lowering):
             for t in others
         )
 
-    def _still_holds(self, operand: fx.Node, user: fx.Node, later: fx.Node) -> bool:
-        """Whether an operand of `user` holds its value when `later` runs: nothing writes over it in between."""
-        return self.liveness.dies_at(operand, user) or self.liveness.lives_until(operand, later)
-
     def _chain_of(self, node: fx.Node) -> tuple[Fused, Product] | None:
         """A 1 x 1 layer, the ratio by its output, and the transpose of that: given any of the three, if they are one step."""
         name = operation_name(node) if node.op == "call_function" else ""
