@@ -232,10 +232,8 @@ void channel_sum(std::uintptr_t carrier, int carrier_dtype, bool carrier_broadca
                                          groups,
                                          positions,
                                          channels_last};
-  const std::int64_t width = channels / groups;
-  const std::int64_t grain = kGrain / (width < kGrain ? width : kGrain);
   lrpfast::parallel_for(
-      rows * groups * positions, grain, kUnit, threads,
+      rows * groups * positions, row_grain(channels / groups), kUnit, threads,
       [](const void* context, std::int64_t begin, std::int64_t end) {
         lrpfast::kernels().channel_sum(*static_cast<const ChannelSumArguments*>(context), begin, end);
       },

@@ -10,7 +10,8 @@
 namespace lrpfast {
 namespace {
 
-// One channel block of one window. As in torch, the first of equals wins, and a NaN wins over all.
+// One channel block of one window. As in torch, the first of equals wins, and a NaN wins over all. The maximum of a window that lies
+// in the padding altogether is -inf; the way back asks none of its taps.
 void pool_window(const MaxPoolArguments& a, std::int64_t image, std::int64_t top, std::int64_t left, std::int64_t out,
                  std::int64_t channel, std::int64_t count) {
   alignas(64) float buffer[kBlock], best[kBlock];
@@ -45,6 +46,10 @@ void pool_window(const MaxPoolArguments& a, std::int64_t image, std::int64_t top
         winner[c] = wins ? tap : winner[c];
       }
     }
+  }
+  for (std::int64_t c = 0; first && c < count; ++c) {
+    best[c] = -__builtin_inff();
+    winner[c] = 0;
   }
   store(a.result, a.input.dtype, out + channel, best, count);
   std::uint8_t* winners = a.winners + out + channel;

@@ -11,9 +11,12 @@ The model is only read: parameters enter the program as they are, detached and s
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import linecache
+import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -91,9 +94,98 @@ def _example_batch(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]
 
 def _export(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> ExportedProgram:
     shapes = tuple({0: Dim.DYNAMIC} for _ in inputs)
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), _as_it_was(model), _branches_on_the_batch() as branches:
         warnings.simplefilter("ignore")
-        return torch.export.export(model, inputs, dynamic_shapes=_nest(model, shapes), strict=False)
+        exported = torch.export.export(model, inputs, dynamic_shapes=_nest(model, shapes), strict=False)
+    if branches:
+        raise CaptureError(
+            f"the model branches on the size of the batch, so that a sample's map would depend on how many are explained with it: "
+            f"{branches[0]}. Decide by something else, or wrap the branch that is wanted"
+        )
+    return exported
+
+
+@contextmanager
+def _as_it_was(model: torch.nn.Module) -> Iterator[None]:
+    """Give each module the attributes back that it had: a forward pass may set some, and torch.export puts copies of containers in
+    their place, which two modules then no longer share."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    contents = [
+        (held, copy.copy(held)) for _, owned in before for held in owned.values() if type(held) in (list, dict, set)
+    ]
+    try:
+        yield
+    finally:
+        for module, owned in before:
+            vars(module).clear()
+            vars(module).update(owned)
+        for held, content in contents:
+            held.clear()
+            held.extend(content) if isinstance(held, list) else held.update(content)
+
+
+_SIZES = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    8,
+    9,
+    10,
+    12,
+    15,
+    16,
+    17,
+    31,
+    32,
+    33,
+    63,
+    64,
+    65,
+    127,
+    128,
+    129,
+    255,
+    256,
+    257,
+    1000,
+    1024,
+    10_000,
+)
+
+
+@contextmanager
+def _branches_on_the_batch() -> Iterator[list[str]]:
+    """The places where code outside of torch decides by a size that is not fixed, other than it would for another size. Tracing would
+    take the way of the example's batch, silently where the size is compared with 0 or 1, of which torch.export assumes it is neither."""
+    found: list[str] = []
+    decide = torch.SymBool.__bool__
+    torch_folder = str(Path(torch.__file__).parent)
+
+    thread = threading.get_ident()
+
+    def noticed(condition: torch.SymBool) -> bool:
+        taken = decide(condition)
+        caller: Any = sys._getframe(1)
+        while caller.f_code.co_filename == torch.__file__:  # the truth of a size itself
+            caller = caller.f_back
+        place = caller.f_code.co_filename
+        if threading.get_ident() == thread and not place.startswith(torch_folder):
+            expression = condition.node.expr
+            sizes = expression.free_symbols
+            others = (expression.subs(dict.fromkeys(sizes, size)) for size in _SIZES) if len(sizes) == 1 else ()
+            if any(bool(other) != taken for other in others):
+                shown = str(expression).replace(str(*sizes), "batch")
+                found.append(f"{shown} in {place}, line {caller.f_lineno}")
+        return taken
+
+    torch.SymBool.__bool__ = noticed  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        torch.SymBool.__bool__ = decide  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -311,8 +403,17 @@ def _single_output(exported: ExportedProgram, node: fx.Node) -> tuple[fx.Node, C
     others = list(node.args[0])
 
     def pack(output: torch.Tensor) -> Any:
-        leaves = list(others)
+        leaves = [_of_batch(leaf, len(output)) for leaf in others]
         leaves[index] = output
         return pytree.tree_unflatten(leaves, spec)
 
     return result, pack
+
+
+def _of_batch(leaf: Any, batch: int) -> Any:
+    """What a model returns beside its tensor; a size that hangs on the batch for this one."""
+    size = leaf.meta.get("val") if isinstance(leaf, fx.Node) else None
+    if not isinstance(size, torch.SymInt):
+        return leaf
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, batch)))

@@ -3,6 +3,8 @@
 torch counts what is written to a tensor. It does not count what is written through ``p.data``, through NumPy or by another process, and
 an inference tensor has no count. So on a CPU a few values of each tensor are compared as well: whatever changes weights in bulk changes
 these. Comparing all would take as long as reading the model.
+
+A forward pass also hangs on which modules there are, on their hooks, and on their plain attributes (a slope, a stride, `training`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from torch.export import ExportedProgram
 
 _VALUES = 8  # of each tensor, evenly spread over its memory
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_PLAIN = {bool, int, float, str}
 
 Places = tuple[int, ...]
 
@@ -42,12 +46,12 @@ class Watch:
             yield from (tensor for tensors in owned for tensor in tensors.values() if tensor is not None)
 
     def state(self) -> tuple[object, ...]:
-        """What is another value once a tensor is written to or replaced, or a module changes its mode."""
+        """What is another value once a tensor is written to or replaced, or a module, its mode, a hook or a plain attribute of it."""
         tensors = list(self.tensors())
         places = tuple(t.data_ptr() for t in tensors)
         versions = tuple(t._version for t in tensors if not t.is_inference())
-        modes = () if isinstance(self._model, ExportedProgram) else tuple(m.training for m in self._model.modules())
-        return places, versions, modes, self._values(tensors, places)
+        modules = () if isinstance(self._model, ExportedProgram) else tuple(map(_told, self._model.modules()))
+        return places, versions, modules, self._values(tensors, places)
 
     def _values(self, tensors: list[torch.Tensor], places: Places) -> bytes:
         known, samples = self._sampled
@@ -56,6 +60,18 @@ class Watch:
             self._sampled = places, samples
         with torch.inference_mode(False), torch.no_grad():
             return torch.cat(samples).double().numpy().tobytes() if samples else b""
+
+
+def _told(module: torch.nn.Module) -> tuple[object, ...]:
+    """What a module is told by beside its tensors. An integer of a module that is not torch's own may be a counter, which would have
+    the model captured anew after each forward pass."""
+    kinds = _PLAIN if type(module).__module__.startswith("torch.nn.") else _PLAIN - {int}
+    plain = [v for v in vars(module).values() if type(v) in kinds or (type(v) is tuple and _is_plain(v))]
+    return id(module), type(module), *plain, *module._forward_hooks, *module._forward_pre_hooks
+
+
+def _is_plain(values: tuple[object, ...]) -> bool:
+    return all(type(value) in _PLAIN for value in values)
 
 
 def _samples(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -142,7 +142,7 @@ def _indices(target: Any) -> torch.Tensor:
     if isinstance(target, bool):
         raise TargetError("target is a bool; it must be an int, an int64 tensor, or a floating-point tensor")
     try:
-        indices = torch.as_tensor(target)
+        indices = target if isinstance(target, torch.Tensor) else torch.as_tensor(target, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TargetError(f"target must be None, an int, or a tensor, got {type(target).__name__}") from error
     if indices.is_floating_point() or indices.dtype == torch.bool or indices.is_complex():

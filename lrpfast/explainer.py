@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 
 from lrpfast import checks
 from lrpfast.assign import Assignment, assign
+from lrpfast.building import building, without_autocast
 from lrpfast.canonical import canonicalise
 from lrpfast.capture import capture
 from lrpfast.changes import Watch
@@ -61,7 +62,7 @@ class Compiled:
 
     def joint(self, seed: Seed) -> Joint:
         if seed not in self._joints:
-            with give_back_large_pieces(self.device):
+            with building(self.device), give_back_large_pieces(self.device):
                 self._joints[seed] = transform(self.program, self.rules, seed, self.record)
         return self._joints[seed]
 
@@ -87,7 +88,7 @@ class Compiled:
 
         def program(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
             *inputs, target = arguments
-            with torch.no_grad():
+            with torch.no_grad(), without_autocast(self.device):
                 run = self.executor(seed, False, target.shape[0]).start(*inputs)
                 output = next(run)
                 return (output, *run.send(target))
@@ -104,14 +105,15 @@ class Compiled:
         return self._build(Seed.LOGIT, False, self._batch_class(batch), timer)
 
     def _build(self, seed: Seed, repeated: bool, batch: int, timer: Any = None) -> Executor:
-        tuner = Tuner(device=self.device) if self.autotune else None
-        executor = Executor(self.joint(seed), self.backend, repeated, batch, tuner, timer)
-        if tuner is not None:
-            tuner.save()
-        for program in (self.joint(seed).program, self.program):
-            program.constants.let_go()
-        give_back_free_memory()
-        return executor
+        with building(self.device):
+            tuner = Tuner(device=self.device) if self.autotune else None
+            executor = Executor(self.joint(seed), self.backend, repeated, batch, tuner, timer)
+            if tuner is not None:
+                tuner.save()
+            for program in (self.joint(seed).program, self.program):
+                program.constants.let_go()
+            give_back_free_memory(self.device)
+            return executor
 
 
 class Explainer:
@@ -238,9 +240,16 @@ class Explainer:
                 return _replay(compiled, replay, executor, own_inputs, own, kind, start)
             return _run(compiled, executor, own_inputs, own, kind, start)
 
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(compiled.device):
             parts = run_parts(run, chunks, executor.samples_are_separate)
         return _joined(parts, compiled.pack)
+
+    def __reduce__(self) -> tuple:
+        """Pickled and copied as the model and the options; programs are made again where they are needed."""
+        precision = None if self._precision is None else str(self._precision).removeprefix("torch.")
+        return Explainer, (
+            self._model, None, self._composite, precision, self._backend, self._record, self._autotune,
+        )  # fmt: skip
 
     def warmup(self, batch_sizes: Sequence[int] = (1, 8, 64), seed: str = "logit") -> None:
         """Prepare the latest program for batches of some sizes, so that no later call has to.
@@ -295,7 +304,7 @@ class Explainer:
         """
         compiled = self._need_compiled("program")
         with self._lock:
-            return compiled.joint(compiled.default_seed).program.module()
+            return compiled.joint(compiled.default_seed).program.module()  # of a copy: the caller's to change
 
     @property
     def composite(self) -> Composite:
@@ -303,8 +312,24 @@ class Explainer:
         return self._composite
 
     def profile(self, inputs: torch.Tensor | Sequence[torch.Tensor], repeats: int = 5) -> list[StepTime]:
-        """Time each step of the program on a batch, run in one part: medians, with what each step has to do."""
+        """Time each step of the program on a batch, run in one part: medians, with what each step has to do.
+
+        Parameters
+        ----------
+        inputs
+            As `__call__` takes them.
+        repeats
+            Runs, at least 1.
+
+        Raises
+        ------
+        InputError, NumericsError
+            As `__call__`; also for fewer than one run.
+        """
+        if repeats < 1:
+            raise InputError(f"repeats must be at least 1, got {repeats}")
         tensors = checks.as_inputs(inputs)
+        checks.check_inputs(tensors, self._watch.tensors())
         compiled = self._compile(tensors)
         batch = tensors[0].shape[0]
         times: dict[fx.Node, list[float]] = {}
@@ -312,7 +337,7 @@ class Explainer:
             executor = compiled.timed(batch, lambda node, note, s: times.setdefault(node, []).append(s))
         target = torch.full((batch,), -1, dtype=torch.int64, device=tensors[0].device)
         for _ in range(repeats):
-            with torch.no_grad():
+            with torch.no_grad(), without_autocast(compiled.device):
                 run = executor.start(*_prepare(compiled, tensors))
                 next(run)
                 run.send(target)
@@ -337,7 +362,9 @@ class Explainer:
         """
         from lrpfast import export
 
-        export.save_program(self._joint_for("save"), path, self._metadata(extra))
+        joint = self._joint_for("save")
+        with building(joint.program.inputs[0].meta["val"].device):
+            export.save_program(joint, path, self._metadata(extra))
 
     def export_onnx(self, path: str | PathLike[str], opset: int = 18) -> None:
         """Export the joint program to ONNX, with a dynamic batch and no custom operators.
@@ -354,7 +381,9 @@ class Explainer:
         """
         from lrpfast import export
 
-        export.export_onnx(self._joint_for("export_onnx"), path, opset, self._metadata(None))
+        joint = self._joint_for("export_onnx")
+        with building(joint.program.inputs[0].meta["val"].device):
+            export.export_onnx(joint, path, opset, self._metadata(None))
 
     def _metadata(self, extra: dict[str, Any] | None) -> dict[str, Any]:
         return {"composite": self._composite.name, "extra": extra or {}}
@@ -388,6 +417,10 @@ class Explainer:
             return compiled
 
     def _make(self, inputs: tuple[torch.Tensor, ...], state: tuple) -> Compiled:
+        with building(inputs[0].device):
+            return self._made(inputs, state)
+
+    def _made(self, inputs: tuple[torch.Tensor, ...], state: tuple) -> Compiled:
         captured = capture(self._model, inputs)
         if len(captured.program.inputs) != len(inputs):
             raise InputError(f"the model takes {len(captured.program.inputs)} tensor inputs, {len(inputs)} were given")

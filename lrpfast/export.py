@@ -17,6 +17,7 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from lrpfast import __version__, checks
+from lrpfast.building import building, without_autocast
 from lrpfast.errors import (
     InputError,
     MissingDependencyError,
@@ -103,7 +104,7 @@ class SavedProgram:
         if seed is not None and seed != kind.value:
             raise InputError(f"this program was saved with the seed {kind.value!r}; seed must not be {seed!r}")
         tensors = self._checked(checks.as_inputs(inputs))
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(tensors[0].device):
             return self._explain(tensors, target, kind)
 
     def _checked(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -135,7 +136,7 @@ class SavedProgram:
                 raise TargetError("this program takes class indices as its target, not the relevance at the output")
             batch, device = inputs[0].shape[0], inputs[0].device
             if target is None:
-                asked = torch.full((batch,), -1, dtype=torch.int64)
+                asked = torch.full((batch,), -1, dtype=torch.int64, device=device)
             else:
                 asked = checks.class_indices(target, batch, self.metadata["classes"])
             columns = asked.unbind(1) if asked.dim() == 2 else [asked]
@@ -166,7 +167,7 @@ def load(path: str | PathLike[str]) -> SavedProgram:
         raise ProgramError(f"there is no program file {name!r}")
     files = {_RECORD: ""}
     try:
-        with warnings.catch_warnings():
+        with building(torch.device("cpu")), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = torch.export.load(name, extra_files=files)
     except Exception as error:

@@ -164,14 +164,16 @@ class Program:
         return self
 
     def module(self) -> fx.GraphModule:
-        """The graph as a module with the constants as its buffers."""
-        self.graph.eliminate_dead_code()
+        """A copy of the graph as a module with the constants as its buffers."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        graph.eliminate_dead_code()
         root = torch.nn.Module()
-        for node in self.graph.nodes:
+        for node in graph.nodes:
             if node.op == "get_attr":
                 root.register_buffer(node.target, self.constants[node.target], persistent=True)
-        self.graph.lint()
-        return fx.GraphModule(root, self.graph)
+        graph.lint()
+        return fx.GraphModule(root, graph)
 
 
 class Builder:

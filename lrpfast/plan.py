@@ -82,9 +82,7 @@ def make_plan(joint: Joint, executor: Executor, composite: str) -> Plan:
         if node.op == "call_function" and node not in joint.forward:
             path = node.meta.get("path", "")
             backward[path] = backward.get(path, 0.0) + _gmacs(node)
-    kernels = collections.Counter(
-        step.node.meta.get("path", "") for step in executor.steps if not is_view(step.node)
-    )
+    kernels = collections.Counter(step.node.meta.get("path", "") for step in executor.steps if not is_view(step.node))
     rows = []
     for node, assignment in joint.rules.items():
         layer = assignment.layer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -241,3 +243,58 @@ def test_before_the_first_call():
 def test_seed(explainer: lrpfast.Explainer):
     with pytest.raises(errors.InputError, match="softmax"):
         explainer(X, seed="softmax")
+
+
+@pytest.mark.parametrize(
+    ("decides", "words"),
+    [
+        (lambda n: n == 1, "Eq(batch, 1)"),
+        (lambda n: n < 2, "batch < 2"),
+        (lambda n: n < 5, "batch < 5"),
+        (lambda n: n % 8, "Mod(batch, 8)"),
+    ],
+)
+def test_branches_on_the_size_of_the_batch_are_located(decides, words: str):
+    """Traced with one batch, the program of another way would explain the others."""
+
+    class Branching(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if decides(x.shape[0]) else x
+
+    model = nn.Sequential(nn.Linear(6, 4), Branching()).eval()
+    with pytest.raises(errors.CaptureError, match=re.escape(words)) as raised:
+        lrpfast.Explainer(model, torch.randn(2, 6))
+    assert f"{__file__}, line" in str(raised.value)
+
+
+def test_a_branch_that_every_size_of_batch_takes_is_none():
+    class Checking(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.shape[0] < 1 or x.shape[1] != 4:
+                raise ValueError("four features are needed")
+            return x * 2
+
+    model = nn.Sequential(nn.Linear(6, 4), Checking()).eval()
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(lrpfast.explain(model, x).output, model(x).detach())
+
+
+def test_a_size_that_is_returned_is_that_of_the_batch():
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+            return self.layer(x), x.shape[0], 2 * x.shape[0] + 1
+
+    explainer = lrpfast.Explainer(Sized().eval())
+    for batch in (3, 1):
+        assert explainer(torch.randn(batch, 6)).output[1:] == (batch, 2 * batch + 1)
+
+
+def test_profile_checks_what_it_is_given(explainer: lrpfast.Explainer):
+    with pytest.raises(errors.InputError, match="float64"):
+        explainer.profile(torch.randn(2, 3, 8, 8).double())
+    with pytest.raises(errors.InputError, match="repeats"):
+        explainer.profile(torch.randn(2, 3, 8, 8), repeats=0)

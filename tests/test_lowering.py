@@ -635,9 +635,7 @@ def evens_by_odds(y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-@pytest.mark.parametrize(
-    "meet", [shifted_sum, shifted_difference, by_its_transpose, and_its_transpose, evens_by_odds]
-)
+@pytest.mark.parametrize("meet", [shifted_sum, shifted_difference, by_its_transpose, and_its_transpose, evens_by_odds])
 def test_views_of_one_memory_that_meet_in_a_step(meet: Callable[[Tensor], Tensor], backend: str) -> None:
     """Written over one of them, a step would read places of the other after it wrote them. Without ReLU guided backpropagation is
     the gradient."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import psutil
 import pytest
@@ -217,3 +220,171 @@ def test_threads_share_an_explainer(model: Net):
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def in_threads(*calls: Callable[[], None]) -> list[BaseException]:
+    """What was raised by calls made at once."""
+    raised: list[BaseException] = []
+    together = threading.Barrier(len(calls))
+
+    def run(call: Callable[[], None]) -> None:
+        together.wait()
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+def test_explainers_are_made_saved_and_called_in_threads(model: Net, tmp_path):
+    """torch.export keeps what it is at in places that all threads share."""
+    own = lrpfast.Explainer(model, torch.randn(1, 3, 8, 8))
+    sizes = (7, 8, 9, 10)
+    expected = [lrpfast.explain(model, torch.ones(2, 3, n, n), target=1).relevance for n in sizes]
+    found: dict[object, torch.Tensor] = {}
+
+    def make(n: int) -> None:
+        found[n] = lrpfast.Explainer(model)(torch.ones(2, 3, n, n), target=1).relevance
+
+    def shared(n: int) -> None:
+        found[n, "shared"] = own(torch.ones(2, 3, n, n), target=1).relevance
+        own.save(tmp_path / f"{n}.pt2")
+
+    assert in_threads(*(lambda n=n: make(n) for n in sizes), *(lambda n=n: shared(n) for n in sizes)) == []
+    for n, relevance in zip(sizes, expected, strict=True):
+        assert torch.equal(found[n], relevance) and torch.equal(found[n, "shared"], relevance)
+
+
+def default_dtype(dtype: torch.dtype) -> Callable[[], AbstractContextManager[None]]:
+    @contextmanager
+    def changed() -> Iterator[None]:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "surroundings",
+    [
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.device("meta"),
+        lambda: torch.inference_mode(),
+        default_dtype(torch.float64),
+        default_dtype(torch.bfloat16),
+    ],
+    ids=["autocast", "default device", "inference mode", "float64", "bfloat16"],
+)
+def test_surroundings_change_no_map(surroundings, tmp_path):
+    """Winograd's filtering, products, strided and dense layers, each with memory that kernels write to."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 1),
+        nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(32, 32, 3, 2), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(32, 20),
+        nn.ReLU(), nn.Linear(20, 5),
+    ).eval()  # fmt: skip
+    x = torch.randn(20, 3, 12, 12)
+    before = lrpfast.Explainer(model, x, composite="epsilon_plus")
+    expected = before(x)
+    before.save(tmp_path / "program.pt2")
+    saved = lrpfast.load(tmp_path / "program.pt2")
+    with surroundings():
+        maps = [before(x), lrpfast.Explainer(model, x, composite="epsilon_plus")(x), saved(x)]
+    for found in maps:
+        assert found.relevance.dtype == torch.float32 and found.relevance.device.type == "cpu"
+        torch.testing.assert_close(found.output, expected.output, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.relevance, expected.relevance, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.__setitem__(1, nn.Tanh()),
+        lambda m: setattr(m[1], "negative_slope", 0.9),
+        lambda m: setattr(m[2], "kernel_size", 3),
+        lambda m: m[0].register_forward_hook(lambda module, inputs, output: output * 3),
+    ],
+    ids=["module", "slope", "size", "hook"],
+)
+def test_what_decides_a_forward_pass_is_watched(change):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.LeakyReLU(0.1), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).eval()
+    x = torch.randn(2, 3, 9, 9)
+    explainer = lrpfast.Explainer(model, x)
+    before = explainer(x).output
+    change(model)
+    after = explainer(x).output
+    torch.testing.assert_close(after, model(x).detach())
+    assert not torch.allclose(before, after, rtol=1e-3)
+
+
+def test_a_counter_is_no_change(model: Net):
+    x = torch.randn(2, 3, 8, 8)
+    explainer = lrpfast.Explainer(model, x)
+    program = explainer._latest
+    model(x)
+    assert model.hooked > 0
+    explainer(x)
+    assert explainer._latest is program
+
+
+class Remembering(nn.Module):
+    """Sets an attribute, and puts something into a container that another module has, too."""
+
+    def __init__(self, shared: list) -> None:
+        super().__init__()
+        self.shared, self.last = shared, None
+        self.conv = nn.Conv2d(3, 3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.last = x
+        self.shared.append(x.shape[1])
+        return self.conv(x)
+
+
+def test_attributes_are_what_they_were():
+    shared = ["before"]
+    model = nn.Sequential(Remembering(shared), Remembering(shared), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    lrpfast.explain(model, torch.randn(2, 3, 8, 8))
+    assert model[0].shared is shared and model[1].shared is shared
+    assert shared == ["before"] and model[0].last is None
+
+
+def test_a_program_is_the_callers_to_change(model: Net):
+    x = torch.randn(2, 3, 8, 8)
+    explainer = lrpfast.Explainer(model, x)
+    before = explainer(x).relevance
+    program = explainer.program
+    (output,) = [n for n in program.graph.nodes if n.op == "output"]
+    output.args = (output.args[0][:1],)
+    program.recompile()
+    assert len(program(x, torch.tensor([1, 1]))) == 1
+    assert len(explainer.program(x, torch.tensor([1, 1]))) == 2
+    torch.testing.assert_close(explainer(x, target=[1, 1]).relevance, lrpfast.explain(model, x, [1, 1]).relevance)
+    assert torch.equal(explainer(x).relevance, before)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))], ids=["copy", "pickle"])
+def test_an_explainer_is_copied_as_its_model_and_options(model: Net, copied):
+    x = torch.randn(2, 3, 8, 8)
+    options = {"composite": "epsilon_gamma_box", "precision": "float32", "backend": "torch", "record": ("shared",)}
+    options["composite"] = lrpfast.composites.get("epsilon_gamma_box", low=-4.0, high=4.0)
+    model.relu._forward_hooks.clear()  # a bound method of the model, of which a copy would be another's
+    explainer = lrpfast.Explainer(model, x, **options)
+    other = copied(explainer)
+    assert other._model is not model
+    expected, found = explainer(x), other(x)
+    assert torch.equal(found.relevance, expected.relevance)
+    assert torch.equal(found.layers["shared"], expected.layers["shared"])

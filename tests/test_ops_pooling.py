@@ -113,3 +113,15 @@ def test_other_layouts_are_read_as_what_they_are() -> None:
     for x in (base, base.transpose(2, 3), base[:, ::2], base[:, :, 1:, 1:], base.expand(2, 6, 8, 10)):
         expected = F.max_pool2d(x, 2)
         assert torch.equal(native.max_pool(x, [2, 2], [], [0, 0], [1, 1], False)[0], expected)
+
+
+def test_a_window_that_lies_in_the_padding_altogether() -> None:
+    """Its maximum is that of nothing, and what it is sent arrives nowhere."""
+    x = torch.arange(1.0, 9.0).reshape(1, 2, 2, 2)
+    geometry = ([2, 2], [1, 1], [1, 1], [3, 3])
+    y, winners = native.max_pool(x, *geometry, False)
+    sent = native.max_pool_dgrad(torch.ones_like(y), winners, [2, 2], *geometry, False)
+    expected = torch.nn.functional.max_pool2d(x, 2, 1, 1, 3)
+    assert expected.isneginf().any()
+    assert torch.equal(y, expected)
+    assert torch.equal(sent, torch.zeros_like(x))

@@ -263,6 +263,10 @@ def test_empty_and_single(backend, shape):
     assert backend.channel_sum(carrier, message, 1).shape == (shape[0], 1, *shape[2:])
 
 
+def test_no_channels(backend):
+    assert backend.channel_sum(None, torch.empty(2, 0, 3, 3), 1).tolist() == torch.zeros(2, 1, 3, 3).tolist()
+
+
 def test_mixed_layouts_and_views_fall_back(backend):
     carrier, message, denominator = operands((3, 4, 5, 6), torch.float32)
     expected = backend.ratio(carrier, message, denominator, EPS)

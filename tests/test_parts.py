@@ -80,6 +80,14 @@ class Mixed(nn.Module):
         (lambda h: h / h.abs().max(), True),
         (lambda h: h - h.mean(1, keepdim=True), False),
         (lambda h: h * h.softmax(1), False),
+        (lambda h: (h @ h.t()).softmax(1) @ h, True),
+        (lambda h: h.t().softmax(1).t(), True),
+        (lambda h: h[torch.arange(len(h) - 1, -1, -1)], True),
+        (lambda h: h[:, torch.tensor([3, 2, 1, 0, 4, 5])], False),
+        (lambda h: h.reshape(6, -1).t(), True),  # in another order
+        (lambda h: h.t().contiguous().reshape(3, 2, -1).flatten(0, 1).t(), False),
+        (lambda h: h.t().reshape(-1, 1).reshape(6, -1).t(), False),
+        (lambda h: h.t().softmax(0).t(), False),
     ],
 )
 @pytest.mark.usefixtures("parts_of_three")

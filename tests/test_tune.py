@@ -138,3 +138,13 @@ def test_timing_draws_no_random_numbers_of_the_user(tmp_path: Path, monkeypatch:
     drawn = torch.rand(1)
     torch.manual_seed(3)
     assert torch.equal(drawn, torch.rand(1))
+
+
+def test_other_instructions_have_choices_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    before = tune._machine(cpu)
+    monkeypatch.setattr(tune, "_instructions", lambda: "avx2, oneDNN all")
+    assert tune._machine(cpu) != before
+    monkeypatch.undo()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert tune._machine(cpu) != before

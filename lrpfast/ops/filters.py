@@ -21,6 +21,11 @@ PANEL = 32  # filters, in the innermost dimension of a weight that is laid out
 _Described = tuple[int, int, int, list[int], int, int, int, bool, Scales]
 
 
+def floats(*size: int) -> Tensor:
+    """Memory that kernels write float32 to, whatever torch's default dtype and device are."""
+    return torch.empty(size, dtype=torch.float32, device="cpu")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Filters:
     """The weight of a convolution, or that of its transpose.
@@ -58,7 +63,7 @@ class Filters:
         and C of 16. Those of a transpose have their taps in reverse, so that it is a convolution."""
         assert native.extension is not None
         filters, channels = self.shape[:2]
-        out = torch.empty((16, filters // PANEL, channels, PANEL))
+        out = floats(16, filters // PANEL, channels, PANEL)
         native.extension.winograd_filters(self.described(self.transposed), out.data_ptr(), torch.get_num_threads())
         return out
 

@@ -225,13 +225,13 @@ def max_pool(
     `x` is `[N, C, H, W]`, float32 or bfloat16; the results lie channels-last. As in torch the first of equals wins, and a NaN
     over all.
     """
-    assert extension is not None
+    assert extension is not None and kernel[0] * kernel[1] <= 256, "a winner is one byte"
     x = x.contiguous(memory_format=torch.channels_last)
     stride = stride or kernel
     size = x.shape[2:]
     windows = zip(size, kernel, stride, padding, dilation, strict=True)
     out_size = [_pooled(n, k, t, p, d, ceil) for n, k, t, p, d in windows]
-    y = torch.empty((*x.shape[:2], *out_size), dtype=x.dtype, memory_format=torch.channels_last)
+    y = torch.empty((*x.shape[:2], *out_size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     winners = torch.empty_like(y, dtype=torch.uint8)
     extension.max_pool(
         x.data_ptr(), _DTYPE_CODES[x.dtype], y.data_ptr(), winners.data_ptr(), x.shape[0], size, out_size, kernel, stride,
@@ -264,7 +264,9 @@ def _pool_dgrad(
 ) -> Tensor:  # fmt: skip
     assert extension is not None
     message = message.contiguous(memory_format=torch.channels_last)
-    result = torch.empty((*message.shape[:2], *size), dtype=message.dtype, memory_format=torch.channels_last)
+    result = torch.empty(
+        (*message.shape[:2], *size), dtype=message.dtype, device=message.device, memory_format=torch.channels_last
+    )
     extension.pool_dgrad(
         message.data_ptr(), _DTYPE_CODES[message.dtype], 0 if winners is None else winners.data_ptr(),
         result.data_ptr(), message.shape[0], size, message.shape[2:], kernel, stride or kernel, padding, dilation,

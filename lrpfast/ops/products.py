@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lrpfast.ops import native
-from lrpfast.ops.filters import PANEL, Filters
+from lrpfast.ops.filters import PANEL, Filters, floats
 
 _SKEW = 16  # kSkew of csrc/matrix_cpu.h
 _PLACES = 196  # that are worked on at a time by `Direct`: their rows stay in the second-level cache, or near it
@@ -99,7 +99,7 @@ class Winograd:
     def of(cls, weight: Tensor, padding: Sequence[int]) -> Winograd:
         """Lay out filters ``[K, C, 3, 3]``. They are transformed in float64."""
         filters, channels = weight.shape[:2]
-        laid_out = torch.empty((16, filters // PANEL, channels, PANEL))
+        laid_out = floats(16, filters // PANEL, channels, PANEL)
         for panel, own in enumerate(weight.split(PANEL)):  # piece by piece: in float64 a layer is large
             both = _transform(_transform(own.double(), 2), 3)
             laid_out[:, panel] = both.permute(2, 3, 1, 0).reshape(16, channels, PANEL)
@@ -130,7 +130,7 @@ class Winograd:
         block = -(-share // max(1, round(share / _TILES)))
         narrow = weight.dtype is torch.bfloat16
         depth = channels // 2 if narrow else channels
-        workspace = torch.empty(threads * 16 * block * (depth + chunk + 2 * _SKEW))
+        workspace = floats(threads * 16 * block * (depth + chunk + 2 * _SKEW))
         (native.extension.winograd_bfloat16 if narrow else native.extension.winograd)(
             x.data_ptr(), weight.data_ptr(), out.data_ptr(), workspace.data_ptr(), x.shape[0], x.shape[2:],
             out.shape[2:], self.padding, channels, filters, block, chunk, then, threads,
@@ -197,7 +197,7 @@ class Pointwise:
         width = panels * PANEL
         threads = torch.get_num_threads()
         rows = 14 if depth <= 64 else 28  # at a time: their products stay in the first-level cache, or near it
-        workspace = torch.empty(threads * rows * (depth + _SKEW + (width if sign is None else 2 * width)))
+        workspace = floats(threads * rows * (depth + _SKEW + (width if sign is None else 2 * width)))
         narrow = self.weight.dtype is torch.bfloat16
         (native.extension.pointwise_bfloat16 if narrow else native.extension.pointwise)(
             x.data_ptr(), self.weight.data_ptr(), self.by_sign, _pointer(sign), out.data_ptr(), workspace.data_ptr(),
@@ -214,7 +214,7 @@ def _panels(weight: Tensor) -> Tensor:
 
 
 def _images(batch: int, channels: int, size: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty((batch, channels, *size), dtype=dtype, memory_format=torch.channels_last)
+    return torch.empty((batch, channels, *size), dtype=dtype, device="cpu", memory_format=torch.channels_last)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -308,7 +308,7 @@ class Direct:
         block = min(_PLACES, out.shape[0] * math.prod(out.shape[2:]))
         depth, panels = 256 if taps == 1 else 64, -(-self.weight.shape[0] // PANEL)
         share = -(-panels // threads)
-        workspace = torch.empty(threads * (block * (taps * (depth + _SKEW) + share * PANEL) + depth * PANEL))
+        workspace = floats(threads * (block * (taps * (depth + _SKEW) + share * PANEL) + depth * PANEL))
         native.extension.convolution(
             x.data_ptr(), self.weight.described(), out.data_ptr(), workspace.data_ptr(), x.shape[0], x.shape[2:],
             out.shape[2:], kernel, self.stride, self.padding, self.dilation, self.size is not None, block, then, threads,

@@ -89,7 +89,7 @@ def _ratio_block(carrier: Tensor | None, message: Tensor, denominator: Tensor, e
     if eps != 0:
         stable = work if z.shape == message.shape else torch.empty_like(z)
         torch.add(z, 0.0, out=stable)  # -0.0 becomes 0.0, whose sign is +1: a tenth of the time of compare and select
-        torch.copysign(torch.full((), eps, dtype=dtype), stable, out=stable).add_(z)
+        torch.copysign(torch.full((), eps, dtype=dtype, device="cpu"), stable, out=stable).add_(z)
     else:
         stable = z
         zeros = z == 0  # before anything is written: out may be the denominator

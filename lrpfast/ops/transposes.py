@@ -25,11 +25,11 @@ def fast_conv_dgrad(
     )[0]  # fmt: skip
 
 
-def _shape_carrier(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _shape_carrier(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
     """Memory of a shape that is never read: torch's backward operators ask their forward's input for nothing else."""
     if like.dim() == 4 and _channels_last(like):
-        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-    return like.new_empty(shape)
+        return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
+    return like.new_empty(shape, dtype=dtype)
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -79,11 +79,7 @@ def fast_max_pool_dgrad(
     """Route each value of a pooled map to the input that won: `indices` count positions of the input's plane."""
     if len(kernel) != 2:
         return portable_max_pool_dgrad(q, indices, size, kernel, stride, padding, dilation, ceil)
-    carrier = (
-        _shape_carrier(indices, (*q.shape[:2], *size)).to(q.dtype)
-        if q.dim() == 4
-        else q.new_empty((*q.shape[:2], *size))
-    )
+    carrier = _shape_carrier(indices, (*q.shape[:2], *size), q.dtype)
     return aten.max_pool2d_with_indices_backward(q, carrier, kernel, stride, padding, dilation, ceil, indices)
 
 

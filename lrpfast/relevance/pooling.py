@@ -85,11 +85,11 @@ def spatial_matrices(walk: Walk, node: fx.Node) -> list[fx.Node]:
         return node.target(plane, *node.args[1:], **node.kwargs)
 
     def matrix(dim: int) -> torch.Tensor:
-        ones = run(torch.ones((1, 1, *sizes), dtype=torch.float64))
+        ones = run(torch.ones((1, 1, *sizes), dtype=torch.float64, device="cpu"))
         place = [int(i) for i in torch.unravel_index(ones.argmax(), ones.shape)]
         size = sizes[dim]
         shape = [size, 1, *(size if d == dim else 1 for d in range(len(sizes)))]
-        units = torch.eye(size, dtype=torch.float64).reshape(shape).expand(size, 1, *sizes).contiguous()
+        units = torch.eye(size, dtype=torch.float64, device="cpu").reshape(shape).expand(size, 1, *sizes).contiguous()
         response = run(units)
         index = [slice(None), 0, *(slice(None) if d == dim else place[d + 2] for d in range(len(sizes)))]
         # the product of all matrices holds each place's factor once too often but for one dimension

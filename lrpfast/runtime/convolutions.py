@@ -326,14 +326,16 @@ class Convolutions:
 
     def _calls(self, ways: dict[str, list[Step]], batch: int) -> dict[str, Callable[[], object]]:
         """The ways on random values."""
-        generator = torch.Generator().manual_seed(0)  # its own: the user's random numbers stay theirs
+        generator = torch.Generator("cpu").manual_seed(0)  # its own: the user's random numbers stay theirs
         drawn: dict[fx.Node, torch.Tensor] = {}
 
         def real(node: fx.Node) -> torch.Tensor:
             if node.op == "get_attr":
                 return self._constants[node.target]
             if node not in drawn:
-                values = torch.rand(_real_size(node, batch), generator=generator).to(value(node).dtype)
+                values = torch.rand(_real_size(node, batch), generator=generator, dtype=torch.float32, device="cpu").to(
+                    value(node).dtype
+                )
                 drawn[node] = _channels_last(values)
             return drawn[node]
 

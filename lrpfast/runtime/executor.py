@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from lrpfast.facts import depends_on_input
-from lrpfast.graph import argument, is_tensor, operation_name, rank, value
+from lrpfast.graph import operation_name
 from lrpfast.ops import native, reference
 from lrpfast.relevance import Joint
 from lrpfast.runtime.convolutions import Convolutions
 from lrpfast.runtime.lower import Lowering
 from lrpfast.runtime.memory import keep_freed_memory
+from lrpfast.runtime.samples import samples_meet
 from lrpfast.runtime.step import Step
 from lrpfast.runtime.tune import Tuner
 
@@ -93,7 +93,7 @@ class Executor:
         scope = dict(self._names)
         exec(compile(self._source, "<joint program>", "exec"), scope)
         self._function: Callable[..., Run] = scope["run"]
-        self.samples_are_separate = not _mixes_samples(joint)
+        self.samples_are_separate = not samples_meet(joint)
         in_parts = on_cpu and self.samples_are_separate
         self._part = max(1, _PART_BYTES // max(1, _bytes_a_sample(lowering, steps))) if in_parts else None
 
@@ -134,29 +134,6 @@ def _choices(tuned: dict[fx.Node, str], tuner: Tuner) -> list[str]:
         times = ", ".join(f"{way} {seconds * 1000:.2f} ms" for way, seconds in entry["seconds"].items())
         lines.append(f"{node.meta.get('path', '') or operation_name(node)}: {entry['way']} ({times})")
     return lines
-
-
-# Operations along a dimension that keep its size: over dimension 0 they mix the samples.
-_ALONG = {
-    "softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "flip", "roll", "sort", "argsort", "gather",
-    "index_select",
-}  # fmt: skip
-
-
-def _mixes_samples(joint: Joint) -> bool:
-    """Whether the model lets the samples of a batch meet, as far as shapes show: such a batch is explained as a whole."""
-    reached = depends_on_input(joint.program)
-    for node in joint.forward & reached:
-        if not is_tensor(node) or node.op != "call_function":
-            continue
-        if all(isinstance(size, int) for size in value(node).shape):
-            return True  # the batch was reduced
-        if operation_name(node) in _ALONG:
-            given = argument(node, 2 if operation_name(node) == "roll" else 1, "dim", None)
-            dims = given if isinstance(given, (list, tuple)) else [given]
-            if any(isinstance(d, int) and d % rank(node) == 0 for d in dims):
-                return True
-    return False
 
 
 def _bytes_a_sample(lowering: Lowering, steps: list[Step]) -> int:

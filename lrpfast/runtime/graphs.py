@@ -111,15 +111,15 @@ class Replay:
         size = self.size_for(target.shape[0])
         assert size is not None, f"no size is recorded for a batch of {target.shape[0]}"
         with self._lock:
-            self._wait()
+            self._wait(inputs[0].device)
             results = self._recorded[size].run(inputs, target)
             self._mark(inputs[0].device)
         return results
 
-    def _wait(self) -> None:
+    def _wait(self, device: torch.device) -> None:
         """Let this call's stream wait for the previous call's, which may be another."""
         if self._done is not None:
-            torch.cuda.current_stream().wait_event(self._done)
+            torch.cuda.current_stream(device).wait_event(self._done)
 
     def _mark(self, device: torch.device) -> None:
         if device.type == "cuda":

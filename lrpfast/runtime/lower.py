@@ -251,9 +251,7 @@ class Lowering:
         """Whether `user` may write its result over an operand, while it also reads what some nodes that it replaces would."""
         return self._replaceable(candidate, user, value(user), reads)
 
-    def _replaceable(
-        self, candidate: Any, user: fx.Node, result: torch.Tensor, reads: Iterable[fx.Node] = ()
-    ) -> bool:
+    def _replaceable(self, candidate: Any, user: fx.Node, result: torch.Tensor, reads: Iterable[fx.Node] = ()) -> bool:
         return (
             is_tensor(candidate)
             and same_sizes(value(candidate).shape, result.shape)

@@ -41,7 +41,7 @@ def keep_freed_memory() -> str:
 @contextmanager
 def give_back_large_pieces(device: torch.device) -> Iterator[None]:
     """While a program for a CPU is made, give freed memory back at once; afterwards keep it, see `keep_freed_memory`."""
-    if device.type != "cpu" or os.environ.get("LRPFAST_KEEP_MEMORY") == "0" or not _is_glibc():
+    if not _is_ours(device):
         yield
         return
     keep_freed_memory()
@@ -52,10 +52,15 @@ def give_back_large_pieces(device: torch.device) -> Iterator[None]:
         _keep_up_to(_LARGEST_INT)
 
 
-def give_back_free_memory() -> None:
-    """Give the system what is free now: what the making of an executor leaves is in pieces too small for an explanation's values."""
-    if _is_glibc():
+def give_back_free_memory(device: torch.device) -> None:
+    """Give the system what is free once a program for a CPU was made: pieces too small for an explanation's values."""
+    if _is_ours(device):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _is_ours(device: torch.device) -> bool:
+    """Whether programs for a device are made with the allocator told what to keep."""
+    return device.type == "cpu" and os.environ.get("LRPFAST_KEEP_MEMORY") != "0" and _is_glibc()
 
 
 def _keep_up_to(size: int) -> None:

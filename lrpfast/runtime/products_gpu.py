@@ -285,11 +285,13 @@ class Products:
 
     def _calls(self, ways: dict[str, Step], operands: list[fx.Node | None]) -> dict[str, Callable[[], Tensor]]:
         """The ways on random values, those whose result is right. Values are not negative, so that no denominator is near 0."""
-        generator = torch.Generator().manual_seed(0)  # its own: the user's random numbers stay theirs
+        generator = torch.Generator("cpu").manual_seed(0)  # its own: the user's random numbers stay theirs
         drawn: dict[fx.Node, Tensor] = {}
         for node in operands:
             if node is not None and node not in drawn:
-                values = torch.rand(self._real_size(node), generator=generator) + 0.25
+                values = (
+                    torch.rand(self._real_size(node), generator=generator, dtype=torch.float32, device="cpu") + 0.25
+                )
                 drawn[node] = _channels_last(values.to(value(node).device, value(node).dtype))
 
         def real(node: fx.Node) -> Tensor:

@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
@@ -21,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from lrpfast.files import replacing
+from lrpfast.ops import native
 
 _ROUNDS = 5
 _ROUNDS_ON_GPU = 21
@@ -87,7 +89,9 @@ class Tuner:
             return
         with suppress(OSError), _locked(self._path):
             merged = {**_read(self._path), **self._new}
-            _write(self._path, {"machine": _describe(self._device), "choices": merged})
+            content = {"machine": _describe(self._device), "choices": merged}
+            with replacing(self._path) as temporary:
+                temporary.write_text(json.dumps(content, indent=1))
         self._new = {}
 
 
@@ -148,6 +152,7 @@ def _describe_cpu() -> dict[str, Any]:
 
     return {
         "processor": _processor(),
+        "instructions": _instructions(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "onednn": torch.backends.mkldnn.is_available() and torch.__config__.show().partition("MKL-DNN v")[2][:6],
@@ -157,6 +162,12 @@ def _describe_cpu() -> dict[str, Any]:
 
 def _machine(device: torch.device) -> str:
     return hashlib.sha256(json.dumps(_describe(device), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _instructions() -> str:
+    """What kernels may use of the processor's: ours, and oneDNN's, which takes its own limit from the environment."""
+    ours = "none" if native.extension is None else native.extension.cpu_capability()
+    return f"{ours}, oneDNN {os.environ.get('ONEDNN_MAX_CPU_ISA', 'all')}"
 
 
 @functools.cache
@@ -180,19 +191,6 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(content, file, indent=1)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 @contextmanager
