@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import lrpfast.screening
 from lrpfast.errors import InputError, NumericsError, ScreeningError
-from lrpfast.screening import analysis, findings, manifest, store, verification
+from lrpfast.screening import analysis, findings, manifest, schema, store, verification
 from lrpfast.screening.analysis import class_path, read_analysis
 from lrpfast.screening.store import Store
 from tests import screening_planted
@@ -43,6 +45,17 @@ def done(tmp_path_factory, shards, source) -> Path:
 def folder(shards, tmp_path) -> Path:
     shutil.copytree(shards, tmp_path / "screen")
     return tmp_path / "screen"
+
+
+def make_again(folder: Path, shard: int, other: Path) -> None:
+    """Replace a shard by that of another run of the same screening."""
+    shutil.copyfile(manifest.shard_path(other, shard), manifest.shard_path(folder, shard))
+
+
+def metadata_without_digest(info: schema.ShardInfo) -> dict[bytes, bytes]:
+    fields = dataclasses.asdict(info)
+    del fields["digest"]
+    return {b"lrpfast": json.dumps(fields).encode()}
 
 
 class TestStore:
@@ -98,6 +111,35 @@ class TestStore:
         monkeypatch.setattr(store, "_BATCH", 7)
         np.testing.assert_array_equal(Store(folder).maps(0), before)
 
+    def test_a_shard_that_was_made_again_is_sorted_again(self, tmp_path, source):
+        folder = screening(tmp_path / "screen", source, skipped=(3,))
+        assert len(Store(folder)) == 119
+        make_again(folder, 0, screening(tmp_path / "repaired", source))
+        found = Store(folder)
+        assert len(found) == 120 and 3 in found.class_samples(1).sample
+        np.testing.assert_array_equal(found.maps(1), Store(tmp_path / "repaired").maps(1))
+
+    def test_missing_shards_are_told_also_where_they_were_sorted(self, folder):
+        Store(folder)
+        manifest.shard_path(folder, 2).unlink()
+        with pytest.raises(ScreeningError, match=r"shard-000002.parquet: start the screening again"):
+            Store(folder)
+
+    def test_shards_are_known_by_what_they_hold(self, folder, tmp_path, monkeypatch, source):
+        shutil.copytree(folder, tmp_path / "moved", copy_function=shutil.copyfile)  # with other times of its files
+        make_again(tmp_path / "moved", 1, screening(tmp_path / "same", source))
+        assert Store(tmp_path / "moved").identity == Store(folder).identity
+
+        def exchanged(source):
+            maps = heatmaps(source)
+            maps[30, [5, 6]] = maps[30, [6, 5]]  # no number of samples, no least and no greatest value is another
+            return maps
+
+        monkeypatch.setattr(screening_planted, "heatmaps", exchanged)
+        make_again(folder, 1, screening(tmp_path / "other", source))
+        assert Store(tmp_path / "moved").identity != Store(folder).identity
+        np.testing.assert_array_equal(Store(folder).maps(0), Store(tmp_path / "other").maps(0))
+
     def test_missing_shards_are_told(self, folder):
         manifest.shard_path(folder, 2).unlink()
         with pytest.raises(ScreeningError, match=r"1 of 5 shards .* shard-000002.parquet: start the screening again"):
@@ -115,6 +157,12 @@ class TestStore:
         other = screening(tmp_path / "other", Planted(count=50))
         shutil.copy(manifest.shard_path(other, 0), manifest.shard_path(folder, 0))
         with pytest.raises(ScreeningError, match="belongs to another screening"):
+            Store(folder)
+
+    @pytest.mark.parametrize("content", [b"", b"PAR1", b"\xff" * 100])
+    def test_what_is_no_shard_is_told(self, folder, content):
+        manifest.shard_path(folder, 1).write_bytes(content)
+        with pytest.raises(ScreeningError, match="shard-000001.parquet is damaged"):
             Store(folder)
 
     def test_an_unknown_class(self, folder):
@@ -144,6 +192,51 @@ class TestAnalyse:
         assert class_path(folder, 0).stat().st_mtime_ns == first
         assert calls == [(1, 2), (2, 2)]
         read_analysis(folder, 1)
+
+    def test_what_was_made_again_is_analysed_and_verified_again(self, tmp_path, source):
+        folder, whole = screening(tmp_path / "screen", source, skipped=(3,)), screening(tmp_path / "whole", source)
+        for one in (folder, whole):
+            lrpfast.screening.analyse(one)
+            lrpfast.screening.verify(one, source, model)
+        make_again(folder, 0, whole)
+        for stale in (
+            lambda: lrpfast.screening.verify(folder, source, model),
+            lambda: lrpfast.screening.export_virelay(folder, tmp_path / "virelay", source),
+        ):
+            with pytest.raises(InputError, match="class 0 of .* was analysed before shards were made again; analyse"):
+                stale()
+        with pytest.raises(ScreeningError, match="findings of .* made again since; start the screening again"):
+            lrpfast.screening.write_report(folder, source)
+        lrpfast.screening.analyse(folder)
+        lrpfast.screening.verify(folder, source, model)
+        assert findings.read(folder) == findings.read(whole)
+        assert len(read_analysis(folder, 1).clusters) == 60
+        lrpfast.screening.write_report(folder, source)
+
+    def test_a_folder_of_an_earlier_version_is_read_and_analysed_again(self, tmp_path, monkeypatch, source):
+        folder = tmp_path / "screen"
+        with monkeypatch.context() as earlier:
+            earlier.setattr(schema.ShardInfo, "to_metadata", metadata_without_digest)
+            earlier.setattr(analysis, "_mark", lambda store, options: f'[4, "{store.manifest.fingerprint}", {{}}]')
+            screening(folder, source)
+            lrpfast.screening.analyse(folder)
+            lrpfast.screening.verify(folder, source, model)
+        table = folder / "analysis" / "samples.parquet"
+        marks = {"fingerprint": manifest.read(folder).fingerprint, "features": "6"}
+        pq.write_table(pq.read_table(table).replace_schema_metadata(marks), table)
+        known = findings.read(folder)
+        del known["shards"]
+        (folder / "findings.json").write_text(json.dumps(known))
+        lrpfast.screening.write_report(folder, source)
+        make_again(folder, 0, screening(tmp_path / "less", source, skipped=(3,)))
+        with pytest.raises(InputError, match="class 1 of .* analysed before shards were made again"):
+            lrpfast.screening.write_report(folder, source)
+        calls: list[tuple[int, int]] = []
+        lrpfast.screening.analyse(folder, progress=lambda *n: calls.append(n))
+        assert calls == [(0, 2), (1, 2), (2, 2)]
+        lrpfast.screening.verify(folder, source, model)
+        lrpfast.screening.write_report(folder, source)
+        assert findings.read(folder)["shards"] == Store(folder).identity
 
     def test_other_options_analyse_again(self, folder):
         lrpfast.screening.analyse(folder)

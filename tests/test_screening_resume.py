@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from lrpfast.errors import ScreeningError
-from lrpfast.screening import explain_dataset, open_source
+from lrpfast.screening import analyse, explain_dataset, open_source
 from lrpfast.screening import manifest as manifests
+from lrpfast.screening.analysis import read_analysis
+from lrpfast.screening.store import Store
 from tests.screening_data import PREPROCESSING, ROOT, a_recipe, assert_same, environment, pictures, rows
 
 
@@ -181,6 +183,18 @@ class TestGoingOn:
         assert [*again["sample"]] == [i for i in range(15) if i != 7]
         kept = [i for i in range(15) if i != 7]
         assert (again["relevance"] == whole["relevance"][kept]).all()
+
+    def test_an_image_that_was_repaired_is_analysed(self, data, tmp_path):
+        broken, folder = data / "dog" / "02.png", tmp_path / "out"
+        content = broken.read_bytes()
+        broken.write_bytes(b"no image")
+        assert len(screen(data, folder).skipped) == 1
+        analyse(folder, processes=1)
+        broken.write_bytes(content)
+        (folder / "shards" / "shard-000001.parquet").unlink()
+        assert not screen(data, folder).skipped
+        analyse(folder, processes=1)
+        assert len(Store(folder)) == 15 and len(read_analysis(folder, 1).clusters) == 5
 
     @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "other", "foreign", "text"])
     def test_a_damaged_shard_is_explained_again(self, data, tmp_path, damage, capsys):

@@ -198,6 +198,25 @@ def read_analysis(folder: str | os.PathLike[str], label: int) -> ClassAnalysis:
         raise InputError(f"class {label} of {folder} has no analysis that can be read ({error}); analyse it") from error
 
 
+def read_current(store: Store, label: int) -> ClassAnalysis:
+    """Read the analysis of a class of a store, as `read_analysis`.
+
+    Raises
+    ------
+    InputError
+        It was not analysed yet, or with other samples: shards were made again since.
+    """
+    found = read_analysis(store.folder, label)
+    mark = read_mark(store.folder, label)
+    # Earlier versions wrote down the screening and not its shards: the number of samples has to do.
+    earlier = store.manifest.fingerprint in mark and len(found.clusters) == store.count(label)
+    if not earlier and store.identity not in mark:
+        raise InputError(
+            f"class {label} of {store.folder} was analysed before shards were made again; analyse it again"
+        )
+    return found
+
+
 def read_mark(folder: str | os.PathLike[str], label: int) -> str:
     """What the analysis of a class depended on; empty where there is none that can be read."""
     try:
@@ -214,7 +233,7 @@ def class_path(folder: str | os.PathLike[str], label: int) -> Path:
 
 def _mark(store: Store, options: Options) -> str:
     """What an analysis depends on."""
-    return json.dumps([_FORMAT, store.manifest.fingerprint, dataclasses.asdict(options)])
+    return json.dumps([_FORMAT, store.identity, dataclasses.asdict(options)])
 
 
 def _cores() -> int:

@@ -86,8 +86,8 @@ def strength(distance: float, effect: Effect) -> tuple[bool, float, float]:
     return (flagged, effect.moved.low if flagged else 0.0, distance)
 
 
-def write(folder: str | os.PathLike[str], manifest: Manifest, found: list[Finding], classes: int) -> None:
-    """Write findings.json and findings.csv of `found`, in their order; `classes` were analysed.
+def write(folder: str | os.PathLike[str], manifest: Manifest, shards: str, found: list[Finding], classes: int) -> None:
+    """Write findings.json and findings.csv of `found`, in their order; `classes` were analysed, of shards of that identity.
 
     Raises
     ------
@@ -99,6 +99,7 @@ def write(folder: str | os.PathLike[str], manifest: Manifest, found: list[Findin
     content = {
         "format": _FORMAT,
         "fingerprint": manifest.fingerprint,
+        "shards": shards,
         "model": manifest.model.get("spec"),
         "settings": manifest.settings,
         "samples": manifest.samples,

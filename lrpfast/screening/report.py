@@ -23,10 +23,10 @@ import numpy as np
 from PIL import Image
 
 from lrpfast import __version__, viz
-from lrpfast.errors import InputError, LrpfastError
+from lrpfast.errors import InputError, LrpfastError, ScreeningError
 from lrpfast.files import replacing
 from lrpfast.screening import embed, findings
-from lrpfast.screening.analysis import ClassAnalysis, read_analysis, read_mark
+from lrpfast.screening.analysis import ClassAnalysis, read_current, read_mark
 from lrpfast.screening.rank import class_score
 from lrpfast.screening.sources import Source, reopen
 from lrpfast.screening.spectral import cluster_count
@@ -64,12 +64,19 @@ def write_report(
     Raises
     ------
     ScreeningError
-        There is no finished screening with findings.
+        There is no finished screening with findings, or shards were made again since.
+    InputError
+        A class was not analysed, or before shards were made again.
     OutputError
         The report cannot be written.
     """
     content = findings.read(folder)
     store = Store(folder)
+    # Earlier versions did not write down the shards.
+    if content.get("shards", store.identity) != store.identity:
+        raise ScreeningError(
+            f"the findings of {folder} are of shards that were made again since; start the screening again to complete it"
+        )
     note = ""
     if source is None:
         try:
@@ -145,7 +152,7 @@ def _bar(estimate: dict[str, float | None], low: float, high: float) -> dict[str
 def _class_section(store: Store, source: Source | None, entries: list[dict[str, Any]], images: int) -> dict[str, Any]:
     """What the template needs of one class."""
     label = entries[0]["class"]["index"]
-    samples, analysis = store.class_samples(label), read_analysis(store.folder, label)
+    samples, analysis = store.class_samples(label), read_current(store, label)
     position = {int(sample): at for at, sample in enumerate(samples.sample)}
     grouped = np.zeros(len(samples.sample), dtype=bool)
     groups = []

@@ -51,13 +51,15 @@ class Skipped:
 
 @dataclasses.dataclass(frozen=True)
 class ShardInfo:
-    """What a shard says of itself: of which screening it is, the samples `start` to `stop` - 1, and those skipped."""
+    """What a shard says of itself: of which screening it is, the samples `start` to `stop` - 1, those skipped, and a digest of its
+    values, which shards of earlier versions do not have."""
 
     fingerprint: str
     shard: int
     start: int
     stop: int
     skipped: tuple[Skipped, ...] = ()
+    digest: str = ""
 
     def to_metadata(self) -> dict[bytes, bytes]:
         """Return it as metadata of a Parquet file."""

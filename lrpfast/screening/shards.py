@@ -3,12 +3,17 @@
 A shard is the unit of work. Its samples, the rows that could be explained and the list of those that could not, are one file, which
 is written to a temporary name, brought to the disk and renamed. So a shard that is there is done, one that is not is not, and there
 is nothing third, however the process ended.
+
+One that was removed may be made again with other values: an image that was damaged is whole now. So whatever is computed of shards keeps
+their `identity` with it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -71,9 +76,10 @@ def write(folder: Path, manifest: Manifest, shard: int, rows: dict[str, Any]) ->
         )
     )
     positions = manifest.positions(shard)
-    info = ShardInfo(manifest.fingerprint, shard, positions.start, positions.stop, skipped)
     explained = _chosen(rows, np.setdiff1d(np.arange(len(rows["sample"])), failed))
-    table = schema.table(explained, manifest.height, manifest.width).replace_schema_metadata(info.to_metadata())
+    table = schema.table(explained, manifest.height, manifest.width)
+    info = ShardInfo(manifest.fingerprint, shard, positions.start, positions.stop, skipped, _digest(table))
+    table = table.replace_schema_metadata(info.to_metadata())
     path = shard_path(folder, shard)
     try:
         with replacing(path, durable=True) as temporary, open(temporary, "wb") as file:
@@ -125,6 +131,28 @@ def finished(folder: Path, manifest: Manifest, warn: Callable[[str], None]) -> d
     return done
 
 
+def identity(folder: Path, manifest: Manifest) -> str:
+    """Return a digest of the screening and of what all its shards hold, 32 hexadecimal digits: the same where the folder was copied,
+    another where a shard was made again with other values.
+
+    Raises
+    ------
+    ScreeningError
+        A shard is not there, or cannot be read.
+    """
+    paths = [shard_path(folder, shard) for shard in range(manifest.shards)]
+    missing = [path for path in paths if not path.exists()]
+    if missing:
+        raise ScreeningError(
+            f"{len(missing)} of {len(paths)} shards of {folder} are not there yet, the first is {missing[0].name}: "
+            "start the screening again, with the same settings, to complete it"
+        )
+    found = hashlib.blake2b(manifest.fingerprint.encode(), digest_size=16)
+    for path in paths:
+        found.update(_footer(path))
+    return found.hexdigest()
+
+
 def write_skipped(folder: Path, infos: dict[int, ShardInfo]) -> list[Skipped]:
     """Write the list of all samples that were skipped, one a line, and return it. Raises `OutputError`."""
     skipped = [entry for shard in sorted(infos) for entry in infos[shard].skipped]
@@ -159,6 +187,27 @@ def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
         else [value for part in parts for value in part[name]]
         for name, values in parts[0].items()
     }
+
+
+def _digest(table: pa.Table) -> str:
+    """Of all values. A footer alone tells of most columns no more than the least and the greatest."""
+    found = hashlib.blake2b(digest_size=16)
+    for batch in table.to_batches():
+        found.update(batch.serialize())
+    return found.hexdigest()
+
+
+def _footer(path: Path) -> bytes:
+    """What a Parquet file says of itself at its end, `ShardInfo` included: some kilobytes, where a shard has megabytes."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-8, os.SEEK_END)
+            length = int.from_bytes(file.read(4), "little")
+            file.seek(-8 - length, os.SEEK_END)
+            return file.read(length)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ScreeningError(f"{path} is damaged: {reason}. Remove it and start the screening again") from error
 
 
 def _leaves(columns: pa.Schema) -> list[str]:

@@ -4,7 +4,7 @@ Shards hold samples in the order of the source; the analysis wants all samples o
 sorted by class, a class is spread over all shards, and reading all of them for each of a thousand classes is out of the
 question. So the shards are gone through once, and each map is written to its place in one flat file sorted by class, the
 relevance of its features to a second one. The other columns, which are small, go to one Parquet file of the same order. All
-live in `analysis/` and are made again where they are missing or belong to another screening.
+live in `analysis/` and are made again where they are missing, or were made of other shards than are there now.
 
 "Class" is the class explained, the column `target`: the label, or the prediction, as the screening was told.
 """
@@ -25,13 +25,15 @@ from lrpfast.files import make_folder, replacing
 from lrpfast.screening import manifest as manifests
 from lrpfast.screening.manifest import Manifest
 from lrpfast.screening.schema import ShardInfo, from_half
+from lrpfast.screening.shards import identity
 
 _LIGHT = (
     "sample", "path", "label", "target", "prediction", "top5_class", "top5_logit", "target_logit", "scale", "features_scale",
     "conservation",
 )  # fmt: skip
 _BATCH = 4096  # rows read from the maps of a shard at a time
-_COUNT = b"features"  # in the metadata of the table: how many there are of a sample
+# In the metadata of the table: how many features a sample has, and the identity of the shards that it was made of.
+_COUNT, _SHARDS = b"features", b"shards"
 FOLDER = "analysis"
 
 
@@ -76,6 +78,8 @@ class Store:
     ----------
     manifest
         What the screening is of.
+    identity
+        Of its shards: what was computed of others is out of date.
 
     Raises
     ------
@@ -88,12 +92,13 @@ class Store:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self.manifest: Manifest = manifests.read(folder)
+        self.identity = identity(self.folder, self.manifest)
         place = self.folder / FOLDER
         self._paths = {"map": place / "maps.f16", "features": place / "features.f16"}
         table_path = place / "samples.parquet"
-        table = _read_sorted(table_path, self._paths, self.manifest)
+        table = _read_sorted(table_path, self._paths, self.manifest, self.identity)
         if table is None:
-            table = _sort(self.folder, self.manifest, table_path, self._paths)
+            table = _sort(self.folder, self.manifest, self.identity, table_path, self._paths)
         self._table = table
         self._widths = _widths(self.manifest, table)
         target = table["target"].to_numpy()
@@ -164,11 +169,11 @@ def _widths(manifest: Manifest, table: pa.Table) -> dict[str, int]:
     return {"map": manifest.height * manifest.width, "features": int(table.schema.metadata[_COUNT])}
 
 
-def _read_sorted(table_path: Path, paths: dict[str, Path], manifest: Manifest) -> pa.Table | None:
-    """The sorted table, where it is there, whole and of this screening."""
+def _read_sorted(table_path: Path, paths: dict[str, Path], manifest: Manifest, of: str) -> pa.Table | None:
+    """The sorted table, where it is there, whole and of these shards."""
     try:
         table = pq.read_table(table_path)
-        if (table.schema.metadata or {}).get(b"fingerprint", b"").decode() != manifest.fingerprint:
+        if (table.schema.metadata or {}).get(_SHARDS, b"").decode() != of:
             return None
         widths = _widths(manifest, table)
         whole = all(paths[name].stat().st_size == table.num_rows * width * 2 for name, width in widths.items())
@@ -177,23 +182,18 @@ def _read_sorted(table_path: Path, paths: dict[str, Path], manifest: Manifest) -
     return table.combine_chunks() if whole else None
 
 
-def _sort(folder: Path, manifest: Manifest, table_path: Path, paths: dict[str, Path]) -> pa.Table:
+def _sort(folder: Path, manifest: Manifest, of: str, table_path: Path, paths: dict[str, Path]) -> pa.Table:
     shards = [manifests.shard_path(folder, shard) for shard in range(manifest.shards)]
-    missing = [path for path in shards if not path.exists()]
-    if missing:
-        raise ScreeningError(
-            f"{len(missing)} of {len(shards)} shards of {folder} are not there yet, the first is {missing[0].name}: "
-            "start the screening again, with the same settings, to complete it"
-        )
     tables = [_read_light(path, shard, manifest) for shard, path in enumerate(shards)]
     table = pa.concat_tables(tables).combine_chunks()
     target = table["target"].to_numpy()
     order = np.lexsort((table["sample"].to_numpy(), target))
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))
-    marks = {"fingerprint": manifest.fingerprint, _COUNT: str(_count_features(shards))}
+    marks = {_SHARDS: of, _COUNT: str(_count_features(shards))}
     table = table.take(pa.array(order)).replace_schema_metadata(marks)
     make_folder(table_path.parent)
+    table_path.unlink(missing_ok=True)  # lest it stand beside values that are not its own
     for column, width in _widths(manifest, table).items():
         with replacing(paths[column]) as temporary:
             _write_values(temporary, shards, place, column, width)

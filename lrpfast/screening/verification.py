@@ -21,7 +21,7 @@ from lrpfast.errors import InputError
 from lrpfast.files import remove_temporaries, replacing
 from lrpfast.screening import findings
 from lrpfast.screening import manifest as manifests
-from lrpfast.screening.analysis import read_analysis, read_mark
+from lrpfast.screening.analysis import read_current, read_mark
 from lrpfast.screening.findings import Finding, effect_from_dict, effect_to_dict
 from lrpfast.screening.rank import Group
 from lrpfast.screening.sources import Source
@@ -63,7 +63,7 @@ def verify(
     Raises
     ------
     InputError
-        A class was not analysed.
+        A class was not analysed, or before shards were made again.
     ScreeningError
         There is no finished screening, or another process works on it.
     OutputError
@@ -81,7 +81,7 @@ def verify(
             if progress is not None:
                 progress(done, len(labels))
         found.sort(key=lambda one: findings.strength(one.group.distance, one.effect), reverse=True)
-        findings.write(folder, store.manifest, found, len(labels))
+        findings.write(folder, store.manifest, store.identity, found, len(labels))
         return found
 
 
@@ -91,7 +91,7 @@ def trial_path(folder: str | os.PathLike[str], label: int) -> Path:
 
 
 def _verify_class(store: Store, source: Source, model: Predict, label: int, candidates: int) -> list[Finding]:
-    groups = read_analysis(store.folder, label).groups[:candidates]
+    groups = read_current(store, label).groups[:candidates]
     if not groups:
         return []
     path = trial_path(store.folder, label)

@@ -25,7 +25,7 @@ import numpy as np
 
 from lrpfast.errors import InputError, LrpfastError, OutputError
 from lrpfast.files import check_writable, make_folder, replacing
-from lrpfast.screening.analysis import read_analysis
+from lrpfast.screening.analysis import read_current
 from lrpfast.screening.schema import ClassInfo
 from lrpfast.screening.sources import Source, reopen
 from lrpfast.screening.store import Store
@@ -63,7 +63,7 @@ def export_virelay(
     Raises
     ------
     InputError
-        A class was not analysed, the data are gone, or there are more classes than ViRelAy can hold.
+        A class was not analysed, or before shards were made again; the data are gone, or there are more classes than ViRelAy can hold.
     ScreeningError
         There is no finished screening.
     OutputError
@@ -133,7 +133,7 @@ def _project(store: Store) -> str:
 def _write_analysis(file: h5py.File, store: Store, ids: dict[int, str]) -> None:
     """One group a class; every group has the same names."""
     for label in store.labels():
-        found = read_analysis(store.folder, label)
+        found = read_current(store, label)
         group = file.create_group(ids[label])
         group["index"] = store.columns(label)["sample"].to_numpy().astype(np.uint32)
         # One width for all classes would cut the large ones: the loader takes each group's own.
