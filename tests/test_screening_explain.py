@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
+import sys
 
 import hypothesis
 import hypothesis.strategies as st
@@ -253,6 +255,30 @@ class TestSkipped:
         given["label"][1] = -1
         assert explain(given)["reason"] == ["", "p1 has no label", ""]
 
+    @pytest.mark.parametrize("label", [7, 3, 2**31, 2**64 - 1])
+    def test_a_label_of_no_class_of_the_model(self, tmp_path, monkeypatch, label):
+        (tmp_path / "mislabelled.py").write_text(
+            f"import torch\ndef make():\n    return [(torch.zeros(3, 16, 16), {label} if i == 2 else i % 3) for i in range(6)]\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "mislabelled", raising=False)
+        summary = screen("mislabelled:make", tmp_path / "out")
+        (skipped,) = summary.skipped
+        assert skipped.sample == 2 and re.fullmatch(
+            rf"mislabelled:make\[2\](: target {label} is out of range: the model has 3 outputs, 0 to 2"
+            rf"| has the label {label}, which is no index of a class)",
+            skipped.reason,
+        )
+        assert list(rows(tmp_path / "out")["sample"]) == [0, 1, 3, 4, 5]
+
+    def test_where_the_prediction_is_explained_labels_need_not_be_classes(self, tmp_path, monkeypatch):
+        (tmp_path / "labelled.py").write_text(
+            "import torch\ndef make():\n    return [(torch.zeros(3, 16, 16), 7) for i in range(3)]\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        assert screen("labelled:make", tmp_path / "out", target="prediction").skipped == ()
+        assert list(rows(tmp_path / "out")["label"]) == [7, 7, 7]
+
     def test_all_unreadable_is_an_error(self, tmp_path):
         for name in CLASSES:
             (tmp_path / "data" / name).mkdir(parents=True)
@@ -424,8 +450,6 @@ def test_importing_lrpfast_imports_none_of_it():
 
 
 def test_a_missing_package_names_its_extra(monkeypatch):
-    import sys
-
     from lrpfast import screening
     from lrpfast.errors import MissingDependencyError
 

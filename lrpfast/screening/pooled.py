@@ -11,6 +11,7 @@ mean of the map is the mean of the relevance.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -18,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lrpfast.errors import LrpfastError, NumericsError, ScreeningError
+from lrpfast.errors import InputError, LrpfastError, NumericsError, ScreeningError, TargetError
 from lrpfast.explanation import FEATURES, Explanation
 from lrpfast.screening.recipes import Runnable, logits
-from lrpfast.screening.schema import TOP, to_half
+from lrpfast.screening.schema import TOP, Record, to_half
 from lrpfast.screening.sources import Source
 
 # By column: arrays [n, ...] (the images of a batch may be a tensor), lists of str.
@@ -69,19 +70,22 @@ def _read(source: Source, position: int, shape: tuple[int, ...]) -> tuple[tuple[
     place = (f"sample {position}", -1)
     try:
         record, tensor = source.sample(position)
-        place = (record.path, record.label)
+        place = _place(record)
     except Exception as error:
         # Damaged files make decoders raise nearly anything; none of it may end a run of days.
         told = str(error) if isinstance(error, LrpfastError) else f"{type(error).__name__}: {error}"
-        try:
-            record = source.record(position)
-            place = (record.path, record.label)
-        except Exception:
-            pass  # a Dataset that cannot read a sample cannot tell its label
+        with contextlib.suppress(Exception):  # a Dataset that cannot read a sample cannot tell its label
+            place = _place(source.record(position))
         return place, None, told or type(error).__name__
     if tuple(tensor.shape) != shape:
         return place, None, f"{record.path} has the shape {list(tensor.shape)}, the others {list(shape)}"
     return place, tensor, ""
+
+
+def _place(record: Record) -> tuple[str, int]:
+    if not -(2**31) <= record.label < 2**31:  # as shards hold it
+        raise InputError(f"{record.path} has the label {record.label}, which is no index of a class")
+    return record.path, record.label
 
 
 def _stacked(tensors: list[torch.Tensor | None], shape: tuple[int, ...]) -> torch.Tensor:
@@ -103,7 +107,7 @@ class PooledExplainer:
 
     def __init__(self, build: Callable[[], Runnable], pooling: Pooling) -> None:
         self._runnable, self._pooling = build(), pooling
-        self._cells: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._cells: dict[tuple[torch.Size, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -141,12 +145,12 @@ class PooledExplainer:
         return rows
 
     def _fill(self, rows: Columns, images: torch.Tensor, chosen: list[int]) -> None:
-        """Explain the chosen rows; where one is not finite, one by one, to find which; where memory lacks, by halves."""
+        """Explain the chosen rows; where one cannot be, one by one, to find which; where memory lacks, by halves."""
         if not chosen:
             return
         try:
             found = self._explain(images if len(chosen) == len(images) else images[chosen], rows["label"][chosen])
-        except NumericsError as error:
+        except (NumericsError, TargetError) as error:
             if len(chosen) > 1:
                 for index in chosen:
                     self._fill(rows, images, [index])
@@ -193,7 +197,7 @@ class PooledExplainer:
     def _pooled(self, explanation: Explanation) -> torch.Tensor:
         heat = explanation.heatmap()
         heat = heat.to(torch.promote_types(heat.dtype, torch.float32))
-        key = hash((heat.shape[1:], heat.dtype))
+        key = (heat.shape[1:], heat.dtype)
         if key not in self._cells:
             rows, columns = (
                 averaging(side, cells).to(heat.device, heat.dtype)
