@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
@@ -326,6 +327,22 @@ def batch(inputs):
     }  # fmt: skip
 
 
+def is_early(layer):
+    return layer.index < 3
+
+
+def is_late(layer):
+    return not is_early(layer)
+
+
+class Early:
+    def __call__(self, layer):
+        return self.is_early(layer)
+
+    def is_early(self, layer):
+        return is_early(layer)
+
+
 class TestSettings:
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -370,6 +387,56 @@ class TestSettings:
 
         assert said(0.25) == said(0.25) != said(0.5)
         assert recipes.describe(composites.get("epsilon_plus")) != recipes.describe(composites.get("epsilon_plus_flat"))
+
+    def test_the_fingerprint_of_a_rule_is_all_of_its_values(self):
+        def said(low, high=3.0, **pairs):
+            box = lrpfast.rules.ZBox(low, high)
+            return recipes.describe(lrpfast.Composite(**(pairs or {"first": [("conv", box)]}), name="deep_taylor"))
+
+        low = [-2.117903930131004, -2.035714285714286, -1.804444444444444]
+        bounds = torch.zeros(3, 224, 224)
+        changed = bounds.clone()
+        changed[1, 100, 100] = -1
+        distinct = [
+            said(low), said([*low[:2], -99.0]), said(low[0]), said(low[0] - 1e-9), said(bounds), said(changed), said(bounds.double()),
+            said(changed.numpy() - 1), said(np.float32(-2.0)),
+        ]  # fmt: skip
+        assert len({*distinct}) == len(distinct)
+        assert said(low) == said(tuple(low)) and said(bounds) == said(bounds.clone()) == said(bounds.numpy())
+        assert said(-2) == said(-2.0)
+
+    def test_the_fingerprint_tells_first_layers_from_all(self):
+        pairs = [("conv", lrpfast.rules.Flat()), ("conv", lrpfast.rules.ZPlus())]
+        one = lrpfast.Composite(pairs[1:], first=pairs[:1])
+        assert recipes.describe(one) != recipes.describe(lrpfast.Composite(pairs))
+
+    def test_a_callable_is_known_by_its_name(self):
+        def local(layer):
+            return True
+
+        def said(match):
+            return recipes.describe(lrpfast.Composite([(match, lrpfast.rules.Epsilon())]))
+
+        assert len({said(each) for each in (is_early, is_late, "is_early", composites._upper_half)}) == 4
+        for match in (local, lambda layer: False, functools.partial(is_early), Early(), Early().is_early):
+            with pytest.raises(InputError, match="which has no name that another process could import"):
+                said(match)
+
+    def test_a_value_without_a_digest_is_refused(self):
+        with pytest.raises(InputError, match=r"ZBox\.high of the composite is a range, of which there is no digest"):
+            recipes.describe(lrpfast.Composite([("conv", lrpfast.rules.ZBox(0, range(3)))]))
+
+    def test_folders_of_plain_composites_can_be_gone_on_with(self):
+        """What manifests have held since the first version."""
+        known = [
+            "epsilon_plus 23ae900f", "epsilon_plus_flat e8476785", "epsilon_alpha2_beta1 4fcdcde9", "epsilon_alpha2_beta1_flat 5fe884d2",
+            "excitation_backprop 922e309d", "deconvnet 340dc049", "guided_backprop 70606b85", "beta_smooth 2c6f17a4",
+            "lrp_zero 4028d13f", "epsilon 2924cb56", "gamma 227a5c70", "alpha1_beta0 318065d4",
+            "w_square d3480dea",
+        ]  # fmt: skip
+        assert known == [
+            recipes.describe(composites.get(n)) for n in composites.names() if not composites.needs_range(n)
+        ]
 
     def test_digest_tells_weights_apart(self):
         one, other = make(), make()

@@ -9,9 +9,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
+import pkgutil
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 from torch.export import ExportedProgram
@@ -21,6 +24,7 @@ from lrpfast import composites
 from lrpfast.errors import InputError
 from lrpfast.explanation import FEATURES
 from lrpfast.images import Preprocessing
+from lrpfast.rules import Rule
 from lrpfast.screening.listing import Model
 
 
@@ -73,7 +77,7 @@ def recipe(
     Raises
     ------
     InputError
-        The model's output for a black image is not one vector of logits a sample.
+        The model's output for a black image is not one vector of logits a sample, or the composite is as `describe` refuses it.
     LrpfastError
         As `lrpfast.composites.get`.
     """
@@ -141,14 +145,68 @@ def logits(output: Any) -> torch.Tensor:
 
 
 def describe(composite: lrpfast.Composite) -> str:
-    """Say what a composite is in words that are the same in every process."""
+    """Say what a composite is in words that are the same in every process: its name, and a digest of its rules with all their values.
 
-    def said(match: Any) -> str:
-        return getattr(match, "__qualname__", None) or str(match)
+    Raises
+    ------
+    InputError
+        A match is a callable that no other process could import by its name, or a value of a rule is of a kind that has no digest.
+    """
+    return f"{composite.name} {hashlib.blake2b(_told(composite).encode(), digest_size=4).hexdigest()}"
 
-    listed = [f"{said(match)}: {rule}" for match, rule in (*composite.first, *composite.rules)]
-    # A name alone says nothing of a rule's numbers.
-    return f"{composite.name} {hashlib.blake2b('; '.join(listed).encode(), digest_size=4).hexdigest()}"
+
+def _told(composite: lrpfast.Composite) -> str:
+    """All that a composite is."""
+    name = composite.name
+    if name in composites.names() and not composites.needs_range(name) and composite == composites.get(name):
+        # As earlier versions wrote it, whose folders can be gone on with: it leaves out nothing of these few round numbers.
+        return "; ".join(f"{match}: {rule}" for match, rule in (*composite.first, *composite.rules))
+    pairs = {"first": composite.first, "rules": composite.rules}
+    return json.dumps(
+        {where: [[_match_name(match), _rule_values(rule)] for match, rule in pairs[where]] for where in pairs}
+    )
+
+
+def _match_name(match: composites.Match) -> list[str]:
+    """A string as it is; a callable's module and name, by which pickle knows it as well."""
+    if isinstance(match, str):
+        return [match]
+    module, name = str(getattr(match, "__module__", "")), str(getattr(match, "__qualname__", ""))
+    try:
+        found = pkgutil.resolve_name(f"{module}:{name}")
+    except (ImportError, AttributeError, ValueError):
+        found = None
+    if found is not match or module == "__main__":
+        raise InputError(
+            f"the composite matches layers by {match!r}, which has no name that another process could import: what goes on with the "
+            "screening could not tell whether it is the same. Give a function of a module"
+        )
+    return [module, name]
+
+
+def _rule_values(rule: Rule) -> list[Any]:
+    # Not `str(rule)`, which is cut and rounded for people.
+    return [
+        type(rule).__name__,
+        {name: _exact(value, f"{type(rule).__name__}.{name}") for name, value in vars(rule).items()},
+    ]
+
+
+def _exact(value: Any, name: str) -> Any:
+    """A value of a rule with nothing left out, as JSON holds it."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (int, float)):
+        return float(value)
+    if isinstance(value, (tuple, list)):
+        return [_exact(entry, name) for entry in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = torch.as_tensor(np.array(value))
+    if isinstance(value, torch.Tensor):
+        return {"tensor": digest({"": value})}
+    raise InputError(
+        f"{name} of the composite is a {type(value).__name__}, of which there is no digest; give a number, a sequence or a tensor"
+    )
 
 
 def digest(content: dict[str, Any] | ExportedProgram) -> str:
