@@ -22,6 +22,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 import lrpfast
+from lrpfast.changes import Watch
 from lrpfast.errors import LrpfastError, MissingDependencyError, ModelError, ProgramError
 from lrpfast.export import SavedProgram
 from lrpfast.images import Preprocessing
@@ -192,6 +193,21 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         )
         raise ModelError(f"the checkpoint {path} does not fit the model: {'; '.join(problems)}{hint}")
     model.load_state_dict(state, strict=False)
+
+
+def like(model: nn.Module | ExportedProgram) -> torch.Tensor:
+    """Return a tensor whose dtype and device a model's inputs must have, as an `Explainer` wants them: the first parameter of floating
+    point; without one, such a buffer, a constant of an exported program, or an empty tensor."""
+    constants = model.constants.values() if isinstance(model, ExportedProgram) else ()
+    tensors = (t for t in (*Watch(model).tensors(), *constants) if isinstance(t, torch.Tensor))
+    return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+
+
+def black(model: nn.Module | ExportedProgram, preprocessing: Preprocessing) -> torch.Tensor:
+    """Return a black image as a model takes it: [1, C, H, W], with the dtype and device of `like`."""
+    tensor = like(model)
+    pixel = torch.tensor(preprocessing.low, dtype=tensor.dtype, device=tensor.device).view(1, -1, 1, 1)
+    return pixel.expand(1, preprocessing.channels, *preprocessing.size).contiguous()
 
 
 def _load_program(spec: str, weights: str | None, checkpoint: Any, num_classes: int | None) -> Loaded:

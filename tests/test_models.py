@@ -383,6 +383,43 @@ class TestProgram:
                 models.load("net.pt2", **option)
 
 
+class Scaled(nn.Module):
+    """Its first tensor is a buffer of another dtype, as the state dict lists them: those of each module together."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Module()
+        self.scale.register_buffer("by", torch.full((1,), 2.0, dtype=torch.float64))
+        self.net = small()
+
+    def forward(self, x):
+        return self.net(x * self.scale.by.to(x.dtype))
+
+
+class TestBlack:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_has_the_dtype_that_an_explainer_takes(self, dtype):
+        model = Scaled().eval()
+        model.net.to(dtype)
+        found = models.black(
+            model, Preprocessing(size=(8, 8), resize=(8, 8), mean=(0.5, 0.25, 0.0), std=(0.5, 0.5, 1.0))
+        )
+        assert (found.shape, found.dtype) == ((1, 3, 8, 8), dtype) and found.is_contiguous()
+        assert found[0].flatten(1).unique(dim=1).tolist() == [[-1.0], [-0.5], [0.0]]
+        assert lrpfast.Explainer(model, found)(found).relevance.dtype == dtype
+
+    def test_without_parameters(self):
+        model = nn.Sequential(nn.Flatten())
+        assert models.like(model).dtype == torch.float32
+        model.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
+        model.register_buffer("mean", torch.zeros(1, dtype=torch.float64), persistent=False)
+        assert models.like(model) is model.mean
+
+    def test_an_exported_model(self):
+        exported = torch.export.export(small().eval().double(), (torch.rand(2, 3, 8, 8, dtype=torch.float64),))
+        assert models.like(exported).dtype == torch.float64
+
+
 class TestClassIndex:
     loaded = models.Loaded("x", categories=("cat", "Dog", "crane", "crane"))
 

@@ -77,6 +77,21 @@ class TestScreen:
         found = rows(folder / "out")["relevance"][0]
         np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-3 * np.abs(expected).max())
 
+    def test_buffers_of_another_dtype_than_the_parameters(self, folder):
+        (folder / "nets.py").write_text(
+            f"import torch\n{MODULE}\n"
+            "class Scaled(nn.Module):\n"
+            "    def __init__(self):\n"
+            "        super().__init__()\n"
+            "        self.scale, self.net = nn.Module(), make()\n"
+            "        self.scale.register_buffer('by', torch.tensor(1.0, dtype=torch.float64))\n"
+            "    def forward(self, x):\n"
+            "        return self.net(x * self.scale.by)\n"
+        )
+        base = ("screen", "--model", "nets:Scaled", "--size", SIZE, "--data", "data", "-o", "out", "--workers", 0)
+        call(*base, "--stage", "explain", "--stage", "analyse", "--stage", "verify")
+        assert np.abs(rows(folder / "out")["relevance"]).max(1).all()
+
     def test_a_saved_explanation_is_screened_with_as_its_model_is(self, folder):
         call("compile", "--model", "nets:make", "--size", SIZE, "-o", "net.pt2")
         screen("--pool", 4)

@@ -55,7 +55,27 @@ class Everywhere(torch.nn.Module):
         return self.head(places).reshape(-1, SIZE * SIZE, 3).mean(1)
 
 
+class Scaled(torch.nn.Module):
+    """The first tensor of its state is a buffer of another dtype than its parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.body = torch.nn.Module(), make()
+        self.scale.register_buffer("by", torch.tensor(1.0, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.body(x * self.scale.by)  # a scalar: the dtype is that of x
+
+
 class TestValues:
+    def test_images_come_in_the_dtype_of_the_parameters(self, data, tmp_path):
+        assert a_recipe(Scaled().eval()).build().dtype == torch.float32
+        screen(data, tmp_path / "scaled", Scaled().eval())
+        screen(data, tmp_path / "plain")
+        np.testing.assert_allclose(
+            rows(tmp_path / "scaled")["relevance"], rows(tmp_path / "plain")["relevance"], rtol=1e-3
+        )
+
     def test_a_model_whose_last_features_are_of_no_sample_is_screened_without(self, data, tmp_path):
         screen(data, tmp_path, Everywhere().eval())
         found = rows(tmp_path)

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lrpfast import screening
+from lrpfast import models, screening
 from lrpfast.cli import setup
 from lrpfast.cli.options import EngineOptions, ModelOptions
 from lrpfast.errors import InputError, ScreeningError
@@ -146,14 +146,13 @@ def logits_of(loaded: Loaded, engine: EngineOptions, *, move: bool = True) -> Ca
     forward: Callable[[torch.Tensor], Any]
     if loaded.program is not None:
         program = loaded.program
-        forward, tensors = (lambda x: program(x).output), program.exported.state_dict
+        forward, like = (lambda x: program(x).output), models.like(program.exported)
     elif isinstance(loaded.model, torch.nn.Module):
         module = loaded.model.to(setup.device_of(engine)) if move else loaded.model
-        forward, tensors = module, module.state_dict()
+        forward, like = module, models.like(module)
     else:
         assert loaded.model is not None
-        forward, tensors = loaded.model.module(), loaded.model.state_dict
-    like = setup.first_float(tensors)
+        forward, like = loaded.model.module(), models.like(loaded.model)
 
     def call(images: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +107,7 @@ def make_explainer(
         model = model.to(device_of(options))
     elif options.device is not None:
         raise ModelError(f"{loaded.spec} was exported for a device; leave --device out")
-    example = _black(
-        loaded, first_float(model.state_dict() if isinstance(model, torch.nn.Module) else model.state_dict)
-    )
+    example = models.black(model, loaded.preprocessing)
     return (
         lrpfast.Explainer(
             model,
@@ -140,20 +137,8 @@ def make_runnable(loaded: models.Loaded, options: EngineOptions) -> tuple[Any, t
     fixed = [f"--{field}" for field, value in dataclasses.asdict(options).items() if value is not None]
     if fixed:
         raise ModelError(f"{loaded.spec} is a saved explanation, compiled already; leave {', '.join(fixed)} out")
-    exported = loaded.program.exported
-    like = first_float({**exported.state_dict, **exported.constants})
-    return loaded.program, like.device, getattr(torch, loaded.program.metadata["dtype"])
-
-
-def first_float(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return the first floating-point tensor: what a model computes in, and where."""
-    return next((t for t in tensors.values() if isinstance(t, torch.Tensor) and t.is_floating_point()), torch.empty(0))
-
-
-def _black(loaded: models.Loaded, like: torch.Tensor) -> torch.Tensor:
-    preprocessing = loaded.preprocessing
-    black = torch.tensor(preprocessing.low, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
-    return black.expand(1, preprocessing.channels, *preprocessing.size).contiguous()
+    program = loaded.program
+    return program, models.like(program.exported).device, getattr(torch, program.metadata["dtype"])
 
 
 def _read_categories(path: Path) -> tuple[str, ...]:

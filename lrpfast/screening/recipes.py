@@ -24,6 +24,7 @@ from lrpfast import composites
 from lrpfast.errors import InputError
 from lrpfast.explanation import FEATURES
 from lrpfast.images import Preprocessing
+from lrpfast.models import black
 from lrpfast.rules import Rule
 from lrpfast.screening.listing import Model
 
@@ -83,8 +84,7 @@ def recipe(
     """
     ranged = isinstance(composite, str) and composites.needs_range(composite)
     chosen = composites.get(composite, **({"low": preprocessing.low, "high": preprocessing.high} if ranged else {}))
-    device, dtype = _place(model)
-    outputs = count_outputs(model, black(preprocessing, dtype, device))
+    outputs = count_outputs(model, black(model, preprocessing))
     build = functools.partial(_build, model, preprocessing, chosen, precision, backend)
     return Recipe(
         build,
@@ -119,12 +119,6 @@ def count_features(graph: fx.Graph, recorded: Sequence[str]) -> int:
         return 0
     outputs: Any = graph.output_node().args[0]
     return int(outputs[len(outputs) - len(recorded) + recorded.index(FEATURES)].meta["val"].shape[1])
-
-
-def black(preprocessing: Preprocessing, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return a black image as the model takes it: [1, C, H, W]."""
-    pixel = torch.tensor(preprocessing.low, dtype=dtype, device=device).view(1, -1, 1, 1)
-    return pixel.expand(1, preprocessing.channels, *preprocessing.size).contiguous()
 
 
 def count_outputs(model: Callable[..., Any], example: torch.Tensor) -> int:
@@ -228,11 +222,6 @@ def digest(content: dict[str, Any] | ExportedProgram) -> str:
     return found.hexdigest()
 
 
-def _place(model: torch.nn.Module) -> tuple[torch.device, torch.dtype]:
-    like = next((t for t in model.state_dict().values() if t.is_floating_point()), torch.empty(0))
-    return like.device, like.dtype
-
-
 def _build(
     model: torch.nn.Module,
     preprocessing: Preprocessing,
@@ -240,8 +229,7 @@ def _build(
     precision: str | None,
     backend: str,
 ) -> Runnable:
-    device, dtype = _place(model)
-    example = black(preprocessing, dtype, device)
+    example = black(model, preprocessing)
 
     def make(record: tuple[str, ...]) -> tuple[lrpfast.Explainer, torch.Tensor]:
         return lrpfast.Explainer(model, example, composite, precision, backend, record), example
