@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ import lrpfast
 from lrpfast.cli import main
 from lrpfast.screening import engines
 from lrpfast.screening.progress import duration
-from tests.screening_data import MODULE, SIZE, command, environment, make, picture, pictures, rows, start
+from tests.screening_data import CLASSES, MODULE, SIZE, command, environment, make, picture, pictures, rows, start
 
 
 @pytest.fixture
@@ -155,9 +156,17 @@ class TestScreen:
 
     def test_a_model_that_knows_none_of_the_classes_is_warned_of(self, folder):
         pictures(folder / "more", 40)
-        result = screen(data="more")
-        share = float(re.search(r"label: (.*)%", result.stdout)[1])
-        assert ("hardly ever predicts the label" in result.stderr) == (share < 50)
+        screen("-o", "first", data="more")
+        found = rows(folder / "first")
+        for name, count, shift in (("right", 120, 0), ("wrong", 120, 1), ("few", 99, 1)):
+            for label in CLASSES:
+                (folder / name / label).mkdir(parents=True)
+            for path, prediction in [*zip(found["path"], found["prediction"], strict=True)][:count]:
+                shutil.copy(path, folder / name / CLASSES[(prediction + shift) % 3] / path.replace("/", "-"))
+            result = screen("-o", f"of-{name}", data=name)
+            share = "100.0%" if name == "right" else "0.0%"
+            assert f"prediction = label: {share}\n" in result.stdout
+            assert ("the model hardly ever predicts the label" in result.stderr) is (name == "wrong")
 
     def test_usage_errors(self, folder):
         for arguments in (("--pool", 0), ("--target", "x"), ("--engine", "cloud"), ("--stage", "x"), ("--workers", -1)):
@@ -283,7 +292,13 @@ def test_the_whole_command(folder):
     json.loads((folder / "out" / "findings.json").read_text())
     (folder / "out" / "report.html").unlink()
     call("report", "out")
-    assert (folder / "out" / "report.html").stat().st_size > 1000
+    with_pictures = (folder / "out" / "report.html").read_text()
     (folder / "data").rename(folder / "gone")
     again = call("report", "out")
-    assert "without pictures" in again.stderr or (folder / "out" / "report.html").exists()
+    assert "the report is written without pictures of the images" in again.stderr
+    assert again.stdout == "report: out/report.html\n"
+    without = (folder / "out" / "report.html").read_text()
+    note = "The images are not shown: "
+    assert note in without and note not in with_pictures
+    # Maps, which are PNG, are there still; what is made of an image, overlays in JPEG among it, is not.
+    assert "data:image/jpeg" in with_pictures and "data:image/jpeg" not in without and "data:image/png" in without
