@@ -45,6 +45,14 @@ class Watch:
         for owned in ([m._parameters for m in modules], [m._buffers for m in modules]):
             yield from (tensor for tensors in owned for tensor in tensors.values() if tensor is not None)
 
+    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The parameters and buffers with their names."""
+        if isinstance(self._model, ExportedProgram):
+            yield from self._model.state_dict.items()
+            return
+        yield from self._model.named_parameters()
+        yield from self._model.named_buffers()
+
     def state(self) -> tuple[object, ...]:
         """What is another value once a tensor is written to or replaced, or a module, its mode, a hook or a plain attribute of it."""
         tensors = list(self.tensors())

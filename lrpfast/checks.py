@@ -68,6 +68,15 @@ def check_finite(tensor: torch.Tensor, name: str, first: int = 0) -> None:
     raise NumericsError(f"{name} holds {kind} in sample {shown} of the batch")
 
 
+def check_parameters(named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Raise a NumericsError that names a parameter or buffer with NaN. A program would hide it: a convolution with its ReLU in one call
+    makes zero of NaN. Infinities are in the masks of many models."""
+    for name, tensor in named:
+        suspect = tensor.is_floating_point() and tensor.numel() and not bool(torch.isfinite(tensor.detach().sum()))
+        if suspect and bool(tensor.isnan().any()):
+            raise NumericsError(f"{name!r} of the model holds NaN; load its weights again")
+
+
 def check_seed(seed: str) -> Seed:
     """The kind of seed by its name; raises an InputError for another."""
     if seed not in (Seed.LOGIT.value, Seed.ONE.value):

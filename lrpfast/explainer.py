@@ -421,6 +421,7 @@ class Explainer:
             return self._made(inputs, state)
 
     def _made(self, inputs: tuple[torch.Tensor, ...], state: tuple) -> Compiled:
+        checks.check_parameters(self._watch.named_tensors())
         captured = capture(self._model, inputs)
         if len(captured.program.inputs) != len(inputs):
             raise InputError(f"the model takes {len(captured.program.inputs)} tensor inputs, {len(inputs)} were given")

@@ -298,3 +298,20 @@ def test_profile_checks_what_it_is_given(explainer: lrpfast.Explainer):
         explainer.profile(torch.randn(2, 3, 8, 8).double())
     with pytest.raises(errors.InputError, match="repeats"):
         explainer.profile(torch.randn(2, 3, 8, 8), repeats=0)
+
+
+@pytest.mark.parametrize("name", ["0.weight", "0.bias", "1.running_var", "5.weight"])
+def test_a_parameter_that_holds_nan(name: str):
+    """A convolution with its ReLU in one call would make zero of it, and a map."""
+    model = small()
+    model.state_dict()[name].flatten()[0] = float("nan")
+    with pytest.raises(errors.NumericsError, match=f"'{re.escape(name)}' of the model holds NaN"):
+        lrpfast.explain(model, X)
+
+
+def test_a_parameter_that_comes_to_hold_nan():
+    explainer = lrpfast.Explainer(small(), X)
+    with torch.no_grad():
+        explainer._model[0].bias[1] = float("nan")
+    with pytest.raises(errors.NumericsError, match=r"'0\.bias' of the model holds NaN"):
+        explainer(X)
