@@ -5,10 +5,12 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
+import torch._dynamo.config
 
 from lrpfast.runtime import convolutions
 
@@ -51,3 +53,11 @@ hypothesis.settings.load_profile(os.environ.get("LRPFAST_HYPOTHESIS", "fixed"))
 @pytest.fixture(autouse=True)
 def _fixed_random_state() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_fake_tensors(request: pytest.FixtureRequest) -> Iterator[None]:
+    """torch's cache of what operations do to shapes pays for large networks, and takes a quarter of the time that small ones are built
+    in. So only slow tests have it."""
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled="slow" in request.keywords):
+        yield
