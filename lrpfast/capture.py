@@ -117,11 +117,13 @@ def _as_it_was(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, owned in before:
-            vars(module).clear()
+            for name in vars(module).keys() - owned.keys():
+                del vars(module)[name]
             vars(module).update(owned)
         for held, content in contents:
-            held.clear()
-            held.extend(content) if isinstance(held, list) else held.update(content)
+            if held != content:
+                held.clear()
+                held.extend(content) if isinstance(held, list) else held.update(content)
 
 
 _SIZES = (
