@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import itertools
 import linecache
 import sys
 import threading
@@ -121,9 +122,14 @@ def _as_it_was(model: torch.nn.Module) -> Iterator[None]:
                 del vars(module)[name]
             vars(module).update(owned)
         for held, content in contents:
-            if held != content:
+            if _identities(held) != _identities(content):
                 held.clear()
                 held.extend(content) if isinstance(held, list) else held.update(content)
+
+
+def _identities(held: list | dict | set) -> list[int]:
+    """What a container holds, without comparing tensors."""
+    return [id(value) for value in (itertools.chain.from_iterable(held.items()) if isinstance(held, dict) else held)]
 
 
 _SIZES = (
