@@ -132,36 +132,8 @@ def _identities(held: list | dict | set) -> list[int]:
     return [id(value) for value in (itertools.chain.from_iterable(held.items()) if isinstance(held, dict) else held)]
 
 
-_SIZES = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-    8,
-    9,
-    10,
-    12,
-    15,
-    16,
-    17,
-    31,
-    32,
-    33,
-    63,
-    64,
-    65,
-    127,
-    128,
-    129,
-    255,
-    256,
-    257,
-    1000,
-    1024,
-    10_000,
-)
+# To try a branch with.
+_SIZES = (*range(1, 7), *range(8, 34), 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000, 1024, 10_000)
 
 
 @contextmanager

@@ -281,11 +281,12 @@ class Builder:
 
 
 def _free_name(hint: str, taken: Container[str]) -> str:
+    """A name for a constant that is not taken, nor an attribute of every module, which `Program.module` makes it one of."""
     base = "".join(c if c.isalnum() else "_" for c in hint).strip("_") or "constant"
     if base[0].isdigit():
         base = f"c{base}"
     name, count = base, 0
-    while name in taken:
+    while name in taken or hasattr(torch.nn.Module, name):
         count += 1
         name = f"{base}_{count}"
     return name

@@ -217,3 +217,27 @@ def test_saving_nowhere_and_loading_what_is_no_program(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="extra"):
         explainer.save(tmp_path / "program.pt2", extra={"not": {json}})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.pt2", "foreign.pt2"]
+
+
+def test_constants_named_as_what_every_module_has(tmp_path: Path) -> None:
+    """A buffer that is converted in the forward pass is a constant named after the operation."""
+
+    class Converting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.register_buffer("scale", torch.full((4, 1, 1), 2.0, dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            scale = self.scale.to(x.dtype)
+            return ((self.conv(x) + scale).relu() * scale).mean((2, 3))
+
+    model, x = Converting().eval(), torch.randn(2, 3, 8, 8)
+    explainer = lrpfast.Explainer(model, x)
+    expected = explainer(x, target=1)
+    output, relevance = explainer.program(x, torch.tensor([1, 1]))
+    explainer.save(tmp_path / "program.pt2")
+    saved = lrpfast.load(tmp_path / "program.pt2")(x, target=1)
+    for found in (relevance, saved.relevance):
+        torch.testing.assert_close(found, expected.relevance, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(output, model(x).detach())
