@@ -133,6 +133,71 @@ def test_gate_receives_nothing(name: str, gate_first: bool):
     branches.check()
 
 
+WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {  # gates of a pre-activation [N, 4, 4, 5], for a signal of that shape
+    "nearest": lambda v: F.interpolate(v[..., ::2, :1].sigmoid(), size=(4, 5)),
+    "bilinear": lambda v: F.interpolate(v[..., :2, :2].sigmoid(), size=(4, 5), mode="bilinear"),
+    "chunks joined": lambda v: torch.cat(v.sigmoid().chunk(2, 1), 1),
+    "index": lambda v: v.sigmoid()[:, [0, 1, 2, 3]],
+    "index_select": lambda v: v.sigmoid().index_select(1, torch.tensor([3, 0, 0, 2])),
+    "flip": lambda v: v.sigmoid().flip(3),
+    "roll": lambda v: torch.roll(F.hardsigmoid(v), 1, 2),
+    "repeat": lambda v: v[:, :, :1].sigmoid().repeat(1, 1, 4, 1),
+    "repeat_interleave": lambda v: v[:, :2].sigmoid().repeat_interleave(2, 1),
+    "pad": lambda v: F.pad(v[..., 1:-1].sigmoid(), (1, 1)),
+    "where": lambda v: torch.where(v > 0.5, v.sigmoid(), 0.0),
+    "masked_fill": lambda v: v.sigmoid().masked_fill(v < -0.5, 0.0),
+    "mean": lambda v: v.sigmoid().mean(1, keepdim=True),
+    "max": lambda v: F.max_pool2d(v.sigmoid(), 3, 1, 1),
+    "rest to 1": lambda v: 1 - v.sigmoid(),
+    "two gates": lambda v: v.sigmoid() * v.mean(1, keepdim=True).sigmoid(),
+    "relu6": lambda v: F.relu6(v + 3) / 6,
+    "hardtanh": lambda v: (1 + F.hardtanh(v)) / 2,
+    "clamp": lambda v: torch.clamp(v / 6 + 0.5, 0, 1),
+    "clamp of a quotient": lambda v: ((v + 3.0) / 6.0).clamp(min=0.0, max=1.0),
+    "times a constant": lambda v: 2.0 * v.sigmoid(),
+    "times a constant, by hand": lambda v: F.relu6(v + 3),
+}
+
+
+def test_gate_is_one_however_it_is_written():
+    """What moves its values, or averages them, or takes them from 1, makes no signal of a gate (RULES.md section 3)."""
+    branches = Parallel()
+    for k, (name, gate) in enumerate(WRITTEN.items()):
+
+        def build(net: Net, h: int, prefix: str, gate: Callable[[Tensor], Tensor] = gate) -> int:
+            signal, inner = (net.layer(f"{prefix}{part}", nn.Conv2d(2, 4, 3, padding=1), h) for part in "ab")
+            return net.op("gate", lambda s, v: s * gate(v), signal, inner)
+
+        branches.add(name, SHAPE, build, TOPS[k % 2])
+    branches.check()
+
+
+def gated_part(join: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Net, int], int]:
+    return lambda net, h: net.op("route", join, h, net.op("pass", torch.sigmoid, h))
+
+
+SIGNALS: dict[str, Callable[[Net, int], int]] = {
+    "relu6": lambda net, h: net.op("pass", F.relu6, h),
+    "clamp": lambda net, h: net.op("pass", lambda v: v.clamp(0, 1), h),
+    "tanh": lambda net, h: net.op("pass", torch.tanh, h),
+    "joined with a gate": gated_part(lambda v, g: torch.cat((v[:, :2], g[:, 2:]), 1)),
+    "chosen or a gate": gated_part(lambda v, g: torch.where(v > 0.1, v, g)),
+}
+
+
+def test_signal_that_resembles_a_gate_takes_its_half():
+    branches = Parallel()
+    for name, signal in SIGNALS.items():
+
+        def build(net: Net, h: int, prefix: str, signal: Callable[[Net, int], int] = signal) -> int:
+            a, b = (net.layer(f"{prefix}{part}", nn.Conv2d(2, 4, 3, padding=1), h) for part in "ab")
+            return net.op("product", torch.mul, a, signal(net, b))
+
+        for top in TOPS:
+            branches.add(name, SHAPE, build, top)
+    branches.check()
+
+
 def test_quotient_of_two_signals_holds_the_divisor_constant():
     """As in a norm: `x / n(x)` gets the ε rule of `x / constant`, R_x = y R / S(y). torch writes softsign in this way."""
 

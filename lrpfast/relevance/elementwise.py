@@ -14,10 +14,6 @@ from lrpfast.rules import DeconvReLU, Gradient, GuidedReLU, Norm, Rule, SmoothRe
 
 aten = torch.ops.aten
 
-_GATES = {"sigmoid", "hardsigmoid", "softmax", "_softmax"}
-# What a gate's values may pass through between the sigmoid and the product.
-_CARRIES_GATE = {"reshape", "expand", "unsqueeze", "squeeze", "permute", "slice", "select", "repeat"}
-
 
 @propagates(*ACTIVATIONS)
 def _activation(walk: Walk, node: fx.Node, message: Message, rule: Rule | None) -> None:
@@ -67,7 +63,7 @@ def _product(walk: Walk, node: fx.Node, message: Message, rule: Rule | None) -> 
         return
     a, b = node.args[:2]
     live = [n for n in (a, b) if isinstance(n, fx.Node) and n in walk.reached]
-    signals = [n for n in live if not _is_gate(n)]
+    signals = [n for n in live if n not in walk.facts.gates]
     if len(live) == 2 and len(signals) == 1:
         walk.notes[node] = "signal takes all"
         _hand_on(walk, node, signals[0], message)
@@ -78,13 +74,6 @@ def _product(walk: Walk, node: fx.Node, message: Message, rule: Rule | None) -> 
             _hand_on(walk, node, operand, Message((half,), node))
     else:
         _hand_on(walk, node, live[0], message)
-
-
-def _is_gate(node: fx.Node) -> bool:
-    """Whether a value is the output of a function into (0, 1), seen through operations that only move values."""
-    while operation_name(node) in _CARRIES_GATE:
-        node = node.args[0]
-    return node.op == "call_function" and operation_name(node) in _GATES
 
 
 def _hand_on(walk: Walk, node: fx.Node, operand: fx.Node, message: Message) -> None:
