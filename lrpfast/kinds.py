@@ -31,7 +31,10 @@ ROUTING = frozenset({
 
 
 def kinds_of(node: fx.Node) -> tuple[str, ...]:
-    """Kinds of a node, the general one first; empty for routing, which has no rule to choose."""
+    """Kinds of a node, the general one first; empty for routing, which has no rule to choose.
+
+    What has no kind of its own (softmax, a product of matrices) is "other": a composite matches it by "any" or by its module.
+    """
     name = operation_name(node)
     if name == "convolution":
         return ("conv", "conv_transpose") if node.args[6] else ("conv",)

@@ -139,10 +139,10 @@ class Norm(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class Gradient(Rule):
-    """The plain vector-Jacobian product of the relevance."""
+    """The plain vector-Jacobian product of the relevance; every operation has it."""
 
     kinds: ClassVar[frozenset[str]] = frozenset(
-        {"conv", "linear", "activation", "batch_norm", "norm", "sum", "avg_pool", "max_pool", "mul"}
+        {"conv", "linear", "activation", "batch_norm", "norm", "sum", "avg_pool", "max_pool", "mul", "other"}
     )
 
 

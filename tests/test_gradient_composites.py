@@ -98,6 +98,44 @@ def test_modified_gradient(model: nn.Module, kind: str):
         assert distance(found.relevance, expected) <= 1e-9
 
 
+class Attention(nn.Module):
+    """A block of attention over [N, C, L]: softmax, and products of two activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.out = nn.Linear(5, 18), trained(nn.LayerNorm(6)), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.embed(x).chunk(3, -1)
+        attention = torch.softmax(q @ k.transpose(1, 2) / 6**0.5, -1)
+        mixed = torch.bmm(attention, v)
+        return self.out(self.norm(mixed + v).mean(1))
+
+
+@pytest.mark.parametrize("composite", ["guided_backprop", "deconvnet", "beta_smooth", "any"])
+def test_gradient_of_attention(composite: str):
+    """There is no ReLU, so each of these is the gradient, through softmax and the products of activations as well."""
+    model = Attention().double().eval()
+    x, target = torch.randn(3, 4, 5, dtype=torch.float64), torch.tensor([0, 3, 2])
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(model(leaf).gather(1, target[:, None]).sum(), leaf)
+    gradient = lrpfast.Composite(rules=[("any", lrpfast.rules.Gradient())])
+    explainer = lrpfast.Explainer(model, x, composite=gradient if composite == "any" else composite)
+    assert distance(explainer(x, target=target, seed="one").relevance, expected) <= 1e-9
+
+
+def test_excitation_backprop_takes_the_gradient_of_attention():
+    """z⁺ in the layers, but through softmax and the products of activations the plain gradient."""
+    net = Net()
+    h = net.input()
+    q, k, v = (net.layer(name, nn.Linear(5, 6), h) for name in "qkv")
+    scores = net.op("matmul", lambda a, b: a @ b.transpose(1, 2), q, k)
+    attention = net.op("softmax", lambda s: s.softmax(-1), scores)
+    net.layer("out", nn.Linear(6, 4), net.op("matmul", torch.bmm, attention, v))
+    x = torch.randn(3, 4, 5, dtype=torch.float64)
+    assert_agrees(net.double().eval(), EXCITATION, [x], make_seed(net, [x]))
+
+
 def test_smoothness_is_an_option(model: nn.Module):
     x, target = torch.randn(2, 2, 8, 8, dtype=torch.float64), torch.tensor([1, 3])
     leaf = x.clone().requires_grad_()
