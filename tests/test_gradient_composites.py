@@ -98,6 +98,19 @@ def test_modified_gradient(model: nn.Module, kind: str):
         assert distance(found.relevance, expected) <= 1e-9
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_gradient_of_instance_norm(batch: int):
+    """As torch writes its gradient, it views memory in ways that only one layout allows."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), trained(nn.InstanceNorm2d(4, affine=True)), nn.Flatten(), nn.Linear(64, 3)
+    )
+    model, x = model.double().eval(), torch.randn(batch, 2, 4, 4, dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)
+    found = lrpfast.explain(model, x, target=1, composite="guided_backprop", seed="one").relevance
+    assert distance(found, expected) <= 1e-9
+
+
 class Attention(nn.Module):
     """A block of attention over [N, C, L]: softmax, and products of two activations."""
 

@@ -74,7 +74,9 @@ def _inline(walk: Walk, traced: fx.GraphModule, inputs: list[fx.Node]) -> list[f
             env[node] = walk.constant(tensor, "traced")
         elif node.op == "call_function":
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
-            env[node] = walk.call(node.target, *args, **kwargs)
+            # traced on fakes whose memory is contiguous, which what runs here need not be
+            target = aten.reshape.default if node.target is aten.view.default else node.target
+            env[node] = walk.call(target, *args, **kwargs)
         else:
             results = fx.map_arg(node.args[0], lambda n: env[n])
     return list(results)
