@@ -175,6 +175,10 @@ class Step(nn.Module):
         (lambda x: (x * 10).long().float(), "_to_copy"),
         (lambda x: torch.sin(x), "sin"),
         (lambda x: 1 / (2 + x.abs()), "div"),
+        (lambda x: torch.clamp(x, min=x.flip(1)), "clamp"),
+        (lambda x: torch.clamp(x, max=x.flip(1)), "clamp"),
+        (lambda x: torch.clamp_min(torch.zeros(6), x), "clamp_min"),
+        (lambda x: nn.functional.prelu(x, x[0, :1]), "prelu"),
     ],
 )
 def test_operations_without_a_rule_are_named(step, name: str):

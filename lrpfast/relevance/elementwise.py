@@ -18,8 +18,14 @@ aten = torch.ops.aten
 @propagates(*ACTIVATIONS)
 def _activation(walk: Walk, node: fx.Node, message: Message, rule: Rule | None) -> None:
     x = node.args[0]
+    others = [a for a in node.all_input_nodes if a is not x and a in walk.reached]
     if isinstance(rule, Gradient):
         vector_jacobian_product(walk, node, message)
+    elif others:
+        raise UnsupportedOperationError(
+            f"relevance reaches {describe(node)}, whose bound or slope is a value of the input, too ({describe(others[0])}); there is "
+            "no rule for that. Choose between the two with torch.where"
+        )
     elif isinstance(rule, (GuidedReLU, DeconvReLU, SmoothReLU)):
         walk.send(x, Message((_rectified(walk, node, walk.relevance(message), rule),)))
     else:
