@@ -121,7 +121,9 @@ def _carries_values(node: fx.Node) -> bool:
 
 
 def _clamped(node: fx.Node, known: set[fx.Node]) -> bool:
-    low, _ = _clip(node)
+    low, high = _clip(node)
+    if high is not None and not (isinstance(high, (int, float)) and high >= 0):
+        return False  # the upper bound has the last word
     return node.args[0] in known or (isinstance(low, (int, float)) and low >= 0)
 
 

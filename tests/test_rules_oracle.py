@@ -159,6 +159,28 @@ def test_exact_zeros_of_x_and_z(name: str):
     branches.check()
 
 
+NOT_POSITIVE: dict[str, Callable[[Tensor], Tensor]] = {
+    "clamp": lambda v: v.clamp(max=-0.5),
+    "clamp_max": lambda v: v.clamp_max(-0.5),
+    "clamp-both": lambda v: v.clamp(0.5, -0.5),
+    "hardtanh": lambda v: nn.functional.hardtanh(v, -2.0, -0.5),
+    "clamp-tensor": lambda v: v.clamp(max=torch.tensor([-0.5, 0.5, -1.0, 0.2], dtype=v.dtype)),
+}
+
+
+def test_a_clip_below_zero_is_not_taken_for_positive():
+    """Behind a ReLU, too: its bound decides, and the schedule for inputs >= 0 would be wrong."""
+    branches = Parallel()
+    for rule, (name, clip) in itertools.product((ZPLUS, ALPHA2_BETA1, GAMMA), NOT_POSITIVE.items()):
+
+        def build(net: Net, h: int, prefix: str, rule: Spec = rule, clip: Callable[[Tensor], Tensor] = clip) -> int:
+            branches.rules[prefix] = rule
+            return net.layer(prefix, nn.Linear(4, 3), net.op("pass", clip, net.relu(h)))
+
+        branches.add(f"{rule} {name}", (4,), build)
+    branches.check()
+
+
 @pytest.mark.parametrize("share", [1e-6, 1e-12, 1e-20])
 def test_parts_of_z_that_differ_by_many_digits(share: float):
     """A negative part far smaller than the positive one, and the reverse: it must not be had by subtracting large numbers."""
