@@ -29,6 +29,7 @@ from lrpfast.graph import (
     argument,
     as_list,
     describe,
+    is_size,
     is_tensor,
     normalise_dim,
     operation_name,
@@ -419,6 +420,17 @@ def _view(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node
 def _reshaping(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
     target = builder.call(node.target, *args, **kwargs)
     return builder.call(aten.reshape.default, args[0], [builder.size(target, d) for d in range(rank(target))])
+
+
+@_handles("squeeze")
+def _squeeze(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    """Only what is of size 1 whatever the batch goes: a batch of one sample is a batch still."""
+    x = args[0]
+    given = argument(node, 1, "dim")
+    dims = range(rank(x)) if given is None else [normalise_dim(d, rank(x)) for d in as_list(given, 1)]
+    gone = {d for d in dims if is_size(value(x).shape[d], 1)}
+    kept = [builder.size(x, d) for d in range(rank(x)) if d not in gone]
+    return builder.call(aten.reshape.default, x, kept) if gone else x
 
 
 @_handles("movedim", "moveaxis")

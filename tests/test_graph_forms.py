@@ -180,6 +180,57 @@ def test_a_matrix_product_with_a_parameter_is_a_dense_layer(spelling: str):
     assert_same_map(Model(modules, run[spelling]), net, torch.randn(4, 6, dtype=torch.float64), rules={"linear": ZPLUS})
 
 
+def assert_same_as(
+    found: Callable[..., Tensor], plain: Callable[..., Tensor], modules: dict[str, nn.Module], x: Tensor = X
+):
+    """Two spellings over the same modules: one map, and the output that the model itself returns."""
+    expected = lrpfast.explain(Model(modules, plain).double().eval(), x, target=0, composite=COMPOSITE)
+    model = Model(modules, found).double().eval()
+    explanation = lrpfast.explain(model, x, target=0, composite=COMPOSITE)
+    with torch.no_grad():
+        assert distance(explanation.output, model(x).reshape(explanation.output.shape)) <= 1e-12
+    assert explanation.output.shape == expected.output.shape
+    assert distance(explanation.relevance, expected.relevance) <= 1e-12
+
+
+COMPOSITE = to_composite(Net(), RULES)
+
+SQUEEZES: dict[str, Callable[[Tensor], Tensor]] = {
+    "all": lambda v: v.squeeze(),
+    "some": lambda v: v.squeeze((0, 2, 3)),
+    "one by one": lambda v: v.squeeze(-1).squeeze(-1).squeeze(1).squeeze(0),
+    "in place": lambda v: v.squeeze_(),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("spelling", SQUEEZES)
+def test_squeezing_keeps_the_batch(spelling: str, batch: int):
+    modules = {"a": nn.Conv2d(2, 4, 3), "head": nn.Linear(4, 3)}
+    squeeze = SQUEEZES[spelling]
+
+    def found(m: Model, x: Tensor) -> Tensor:
+        return m.head(squeeze(F.adaptive_avg_pool2d(m.a(x).relu(), 1)))
+
+    def plain(m: Model, x: Tensor) -> Tensor:
+        return m.head(F.adaptive_avg_pool2d(m.a(x).relu(), 1).flatten(1))
+
+    assert_same_as(found, plain, modules, X[:batch])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_squeezed_output_keeps_the_batch(batch: int):
+    modules = {"a": nn.Conv2d(2, 4, 3)}
+
+    def found(m: Model, x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(m.a(x), 1).squeeze()
+
+    def plain(m: Model, x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(m.a(x), 1).flatten(1)
+
+    assert_same_as(found, plain, modules, X[:batch])
+
+
 def test_one_convolution_used_twice():
     modules = parts("a")
     net = Net()
