@@ -45,7 +45,7 @@ _HANDLERS: dict[str, Handler] = {}
 
 _IDENTITIES = {
     "clone", "contiguous", "detach", "alias", "lift_fresh_copy", "lift_fresh", "lift", "dropout", "native_dropout",
-    "feature_dropout", "alpha_dropout", "view_as", "positive", "identity", "_assert_tensor_metadata",
+    "feature_dropout", "alpha_dropout", "positive", "identity", "_assert_tensor_metadata",
 }  # fmt: skip
 
 
@@ -420,6 +420,13 @@ def _view(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node
 def _reshaping(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
     target = builder.call(node.target, *args, **kwargs)
     return builder.call(aten.reshape.default, args[0], [builder.size(target, d) for d in range(rank(target))])
+
+
+@_handles("view_as", "reshape_as", "expand_as")
+def _as_other(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    x, other = args
+    target = aten.expand.default if operation_name(node) == "expand_as" else aten.reshape.default
+    return builder.call(target, x, builder.shape(other))
 
 
 @_handles("squeeze")

@@ -231,6 +231,39 @@ def test_a_squeezed_output_keeps_the_batch(batch: int):
     assert_same_as(found, plain, modules, X[:batch])
 
 
+def mean_of_channels(y: Tensor) -> Tensor:
+    return y.mean((2, 3), keepdim=True)
+
+
+def crossed(y: Tensor) -> Tensor:
+    """Other values side by side than in `y`, rank and number of values alike."""
+    return y.permute(0, 2, 3, 1).contiguous()
+
+
+SHAPED_LIKE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "view_as": (lambda y: y.flatten(1).view_as(y), lambda y: y.flatten(1).view(-1, 2, 5, 5)),
+    "view_as of another rank": (lambda y: y.view_as(y.flatten(1)), lambda y: y.flatten(1)),
+    "view_as of the same rank": (lambda y: crossed(y).view_as(y), lambda y: crossed(y).view(-1, 2, 5, 5)),
+    "reshape_as": (lambda y: crossed(y).reshape_as(y), lambda y: crossed(y).reshape(-1, 2, 5, 5)),
+    "expand_as": (lambda y: mean_of_channels(y).expand_as(y), lambda y: mean_of_channels(y).expand(-1, -1, 5, 5)),
+    "a gate's expand_as": (
+        lambda y: y * torch.sigmoid(mean_of_channels(y)).expand_as(y), lambda y: y * torch.sigmoid(mean_of_channels(y)),
+    ),
+    "expand_as within a sum": (lambda y: mean_of_channels(y).expand_as(y) + y, lambda y: mean_of_channels(y) + y),
+}  # fmt: skip
+
+
+def between(spelling: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """A model with a spelling between its layers. What is flipped depends on the shape that it gives."""
+    return lambda m, x: m.head(spelling(m.a(x).relu()).flip(1).flatten(1))
+
+
+@pytest.mark.parametrize("spelling", SHAPED_LIKE)
+def test_shapes_taken_from_another_value(spelling: str):
+    found, plain = SHAPED_LIKE[spelling]
+    assert_same_as(between(found), between(plain), parts("a"))
+
+
 def test_one_convolution_used_twice():
     modules = parts("a")
     net = Net()

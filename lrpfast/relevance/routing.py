@@ -99,7 +99,7 @@ def _select(walk: Walk, node: fx.Node, t: fx.Node) -> fx.Node:
     return _pad_dim(walk, walk.call(aten.unsqueeze.default, t, dim), dim, index, size - 1 - index)
 
 
-@_routes("expand", "expand_as")
+@_routes("expand")
 def _expand(walk: Walk, node: fx.Node, t: fx.Node) -> fx.Node:
     return walk.sum_to(t, node.args[0])
 
