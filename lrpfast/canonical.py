@@ -204,15 +204,28 @@ def _addmm(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Nod
     return builder.call(aten.linear.default, x, _transposed(builder, matrix), bias)
 
 
-@_handles("mm", "matmul")
+@_handles("mm", "matmul", "mv")
 def _matmul(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
     x, matrix = args
+    if _is_constant(matrix) and rank(matrix) == 1 and rank(x) > 1:
+        return _times_vector(builder, x, matrix)
+    if _is_constant(x) and rank(x) == 1 and rank(matrix) > 1:
+        order = [*range(rank(matrix) - 2), rank(matrix) - 1, rank(matrix) - 2]
+        return _times_vector(builder, builder.call(aten.permute.default, matrix, order), x)
     if _is_constant(matrix) and not _is_constant(x) and rank(matrix) == 2:
         return builder.call(aten.linear.default, x, _transposed(builder, matrix), None)
     if _is_constant(x) and rank(x) == 2 and rank(matrix) == 2:
         swapped = builder.call(aten.permute.default, matrix, [1, 0])
         return builder.call(aten.permute.default, builder.call(aten.linear.default, swapped, x, None), [1, 0])
     return builder.call(node.target, *args, **kwargs)
+
+
+def _times_vector(builder: Builder, x: fx.Node, vector: fx.Node) -> fx.Node:
+    """``x @ v``: a dense layer of one output, which has no dimension of its own."""
+    make = builder.constants.maker(vector.target)
+    row = builder.derived(("row", vector.target), lambda: make().reshape(1, -1), f"{vector.target}_row")
+    product = builder.call(aten.linear.default, x, row, None)
+    return builder.call(aten.reshape.default, product, builder.shape(x)[:-1])
 
 
 @_handles("linear")

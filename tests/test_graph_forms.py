@@ -231,6 +231,46 @@ def test_a_squeezed_output_keeps_the_batch(batch: int):
     assert_same_as(found, plain, modules, X[:batch])
 
 
+def as_tokens(y: Tensor) -> Tensor:
+    return y.reshape(-1, 2, 3)
+
+
+BY_A_VECTOR: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "@": (lambda y, v: y @ v, lambda y, v: (y @ v[:, None])[:, 0]),
+    "mv": (torch.mv, lambda y, v: (y @ v[:, None])[:, 0]),
+    "the vector first": (lambda y, v: v @ y.t(), lambda y, v: (y @ v[:, None])[:, 0]),
+    "tokens": (lambda y, v: (as_tokens(y) @ v[:3]).sum(1), lambda y, v: (as_tokens(y) @ v[:3, None]).sum((1, 2))),
+    "the vector before tokens": (
+        lambda y, v: (v[:2] @ as_tokens(y)).sum(1), lambda y, v: (as_tokens(y).transpose(1, 2) @ v[:2, None]).sum((1, 2)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", BY_A_VECTOR)
+@pytest.mark.parametrize("last", [True, False])
+def test_a_product_with_a_vector_is_a_dense_layer_of_one_output(spelling: str, last: bool):
+    modules = {"a": nn.Linear(4, 6), "v": nn.Linear(6, 1, bias=False), "head": nn.Linear(1, 3)}
+
+    def model(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+        def run(m: Model, x: Tensor) -> Tensor:
+            y = product(m.a(x).relu(), m.v.weight[0])
+            return y if last else m.head(y[:, None])
+
+        return run
+
+    found, plain = BY_A_VECTOR[spelling]
+    assert_same_as(model(found), model(plain), modules, torch.randn(3, 4, dtype=torch.float64))
+
+
+def test_a_product_with_a_vector_of_the_input_is_refused():
+    modules = {"a": nn.Linear(4, 6)}
+    model = Model(modules, lambda m, x: m.a(x).relu() @ x.sum((0, 1)).expand(6)).eval()
+    with pytest.raises(
+        errors.UnsupportedOperationError, match=r"'matmul' in the model's own forward.*vector.*sum\(-1\)"
+    ):
+        lrpfast.explain(model, torch.randn(3, 4))
+
+
 def mean_of_channels(y: Tensor) -> Tensor:
     return y.mean((2, 3), keepdim=True)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from lrpfast.errors import UnsupportedOperationError
+from lrpfast.graph import describe, rank
 from lrpfast.relevance.gradient import vector_jacobian_product
 from lrpfast.relevance.walk import Message, Walk, propagates
 from lrpfast.rules import Gradient, Norm, Rule
@@ -31,6 +33,11 @@ def _matmul(walk: Walk, node: fx.Node, message: Message, rule: Rule | None) -> N
         vector_jacobian_product(walk, node, message)
         return
     a, b = node.args[:2]
+    if rank(a) == 1 or rank(b) == 1:
+        raise UnsupportedOperationError(
+            f"{describe(node)} multiplies by a vector that is computed from the input; there is no rule for that. Write the "
+            "product as (a * b).sum(-1)"
+        )
     ratio = walk.output_ratio(message, node, Norm().stabilizer)
     if a in walk.reached and b in walk.reached:
         ratio = walk.call(aten.mul.Tensor, ratio, 0.5)
