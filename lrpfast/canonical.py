@@ -113,14 +113,30 @@ def _emit(builder: Builder, node: fx.Node, env: dict[fx.Node, Any], dtype: torch
     name = operation_name(node)
     if node.target is operator.getitem:
         return args[0][args[1]] if isinstance(args[0], _Parts) else builder.call(node.target, *args)
-    if dtype is not None and isinstance(kwargs.get("dtype"), torch.dtype) and kwargs["dtype"].is_floating_point:
-        kwargs = {**kwargs, "dtype": dtype}
+    args, kwargs = _cast_dtypes(args, kwargs, dtype)
     if name in _IDENTITIES:
         if name in ("alpha_dropout", "feature_dropout") and args[2]:
             raise CaptureError(f"{describe(node)} is random: call model.eval() first")
         return _Parts([args[0], None]) if name == "native_dropout" else args[0]
     handler = _HANDLERS.get(name)
-    return handler(builder, node, args, kwargs) if handler else builder.call(node.target, *args, **kwargs)
+    result = handler(builder, node, args, kwargs) if handler else builder.call(node.target, *args, **kwargs)
+    return _cast_result(builder, result, dtype)
+
+
+def _cast_dtypes(args: tuple, kwargs: dict, dtype: torch.dtype | None) -> tuple[tuple, dict]:
+    """The arguments of a call, the floating-point dtype among them replaced."""
+
+    def cast(given: Any) -> Any:
+        return dtype if dtype is not None and isinstance(given, torch.dtype) and given.is_floating_point else given
+
+    return tuple(map(cast, args)), {key: cast(given) for key, given in kwargs.items()}
+
+
+def _cast_result(builder: Builder, result: Any, dtype: torch.dtype | None) -> Any:
+    """What is of torch's default dtype for want of another: new tensors, and what is made of masks and integers alone."""
+    if dtype is None or not is_tensor(result) or not value(result).is_floating_point() or value(result).dtype is dtype:
+        return result
+    return builder.call(aten.to.dtype, result, dtype)
 
 
 class _Parts(list):
@@ -583,6 +599,11 @@ def _clamps(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.No
 
 @_handles("to", "_to_copy", "to_copy", "type_as")
 def _to(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """A cast between floating-point types is left out: the program has one precision."""
-    both_float = is_tensor(args[0]) and value(args[0]).is_floating_point() and node.meta["val"].is_floating_point()
-    return args[0] if both_float else builder.call(node.target, *args, **kwargs)
+    """A cast between floating-point types is left out: the program has one precision. One to the type of another value takes
+    nothing else of that."""
+    if is_tensor(args[0]) and value(args[0]).is_floating_point() and node.meta["val"].is_floating_point():
+        return args[0]
+    if len(args) > 1 and is_tensor(args[1]):
+        other = value(args[1])
+        return builder.call(aten.to.device, args[0], other.device, other.dtype)
+    return builder.call(node.target, *args, **kwargs)

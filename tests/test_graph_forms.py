@@ -304,6 +304,33 @@ def test_shapes_taken_from_another_value(spelling: str):
     assert_same_as(between(found), between(plain), parts("a"))
 
 
+OF_THE_DEFAULT_DTYPE: dict[str, Callable[[Tensor], Tensor]] = {
+    "float": lambda y: y * (y > 0.1).float(),
+    "to a dtype": lambda y: y * (y > 0.1).to(torch.float32),
+    "to another's": lambda y: y * (y > 0.1).to(y),
+    "type_as": lambda y: y * (y > 0.1).type_as(y),
+    "mask times number": lambda y: y * ((y > 0.1) * 0.5 + 0.25),
+    "mean of a mask": lambda y: y * (y > 0.1).float().mean((2, 3), keepdim=True),
+    "quotient of integers": lambda y: y * ((y > 0.1).sum(1, keepdim=True) / 2),
+    "where of numbers": lambda y: torch.where(y > 0.1, 1.0, 0.0) * y,
+    "zeros": lambda y: torch.cat([y[:, 1:], torch.zeros(y.shape[0], 1, 5, 5)], 1),
+    "full": lambda y: y + torch.full((y.shape[0], 2, 5, 5), 0.5),
+    "softmax": lambda y: y * F.softmax(y, dim=-1, dtype=torch.float32),
+}
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("spelling", OF_THE_DEFAULT_DTYPE)
+def test_values_of_the_default_dtype_are_in_the_program_s_precision(spelling: str, precision: str):
+    torch.manual_seed(0)
+    model, x = Model(parts("a"), between(OF_THE_DEFAULT_DTYPE[spelling])).eval(), X.float()
+    full = lrpfast.explain(model, x, target=0, composite=COMPOSITE)
+    found = lrpfast.explain(model, x, target=0, composite=COMPOSITE, precision=precision)
+    limit = 0.06 if precision == "bfloat16" else 0.01
+    assert distance(found.relevance, full.relevance) <= limit
+    assert distance(found.output, model(x)) <= limit
+
+
 def test_one_convolution_used_twice():
     modules = parts("a")
     net = Net()
