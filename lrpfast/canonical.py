@@ -493,7 +493,7 @@ def _repeat_interleave(builder: Builder, node: fx.Node, args: tuple, kwargs: dic
     size = value(x).shape[dim] if isinstance(dim, int) else None
     if not (isinstance(repeats, int) and isinstance(size, int)):
         return builder.call(node.target, *args, **kwargs)
-    make = functools.partial(torch.repeat_interleave, torch.arange(size), repeats)
+    make = functools.partial(torch.repeat_interleave, torch.arange(size, device=value(x).device), repeats)
     index = builder.derived(("repeat_interleave", size, repeats), make, "repeat_index")
     return builder.call(aten.index_select.default, x, normalise_dim(dim, rank(x)), index)
 
@@ -567,7 +567,8 @@ def _gather_pad(builder: Builder, x: fx.Node, amounts: list[int], mode: str) -> 
         dim = rank(x) - 1 - pair
         size = value(x).shape[dim]
         left, right = amounts[2 * pair : 2 * pair + 2]
-        index = F.pad(torch.arange(size, dtype=torch.float64)[None, None], (left, right), mode=mode)[0, 0].long()
+        places = torch.arange(size, dtype=torch.float64, device=value(x).device)[None, None]
+        index = F.pad(places, (left, right), mode=mode)[0, 0].long()
         node = builder.derived(("pad", mode, size, left, right), functools.partial(torch.clone, index), "padding_index")
         x = builder.call(aten.index_select.default, x, dim, node)
         x.meta["layer_padding"] = True

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 import lrpfast
 from lrpfast import errors
+from lrpfast.canonical import canonicalise
+from lrpfast.capture import capture
+from lrpfast.graph import is_tensor, value
 from tests.oracles.agree import as_tuple, make_seed, to_composite
 from tests.oracles.network import Net, distance, explain
 from tests.oracles.specs import EPSILON, FLAT, GAMMA, ZPLUS, Spec
@@ -329,6 +332,19 @@ def test_values_of_the_default_dtype_are_in_the_program_s_precision(spelling: st
     limit = 0.06 if precision == "bfloat16" else 0.01
     assert distance(found.relevance, full.relevance) <= limit
     assert distance(found.output, model(x)) <= limit
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [lambda y: F.pad(y, (1, 1, 1, 1), mode="circular")[:, :, 1:-1, 1:-1], lambda y: y.repeat_interleave(2, 1)[:, ::2]],
+    ids=["circular padding", "repeat_interleave"],
+)
+def test_what_canonicalising_adds_lies_where_the_model_does(spelling: Callable[[Tensor], Tensor]):
+    """The meta device stands for a GPU: it refuses tensors of the CPU alike."""
+    model = Model(parts("a"), between(spelling)).double().to("meta").eval()
+    program = canonicalise(capture(model, (X.to("meta"),)).program)
+    assert {tensor.device.type for tensor in program.constants.values()} == {"meta"}
+    assert {value(n).device.type for n in program.graph.nodes if is_tensor(n)} == {"meta"}
 
 
 def test_one_convolution_used_twice():
