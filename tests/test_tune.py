@@ -85,10 +85,10 @@ def test_processes_that_tune_at_once_lose_nothing(tmp_path: Path) -> None:
             tuner.choose(f"{sys.argv[2]} {i}", lambda: {"a": lambda: None, "b": lambda: None})
             tuner.save()
     """
-    running = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), str(tmp_path), str(n)]) for n in range(3)]
-    assert [process.wait(120) for process in running] == [0, 0, 0]
+    running = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), str(tmp_path), str(n)]) for n in range(2)]
+    assert [process.wait(120) for process in running] == [0, 0]
     (written,) = tmp_path.glob("*.json")
-    assert len(json.loads(written.read_text())["choices"]) == 75
+    assert len(json.loads(written.read_text())["choices"]) == 50
     assert not list(tmp_path.glob("*.tmp"))
 
 
