@@ -6,6 +6,7 @@ In float64 nothing is fused: neither oneDNN nor the compiled operators take it.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -19,6 +20,15 @@ from lrpfast.ops import native, products
 from lrpfast.ops.filters import Filters
 from lrpfast.ops.products import Direct, Winograd
 from lrpfast.runtime import convolutions
+
+
+@functools.cache
+def exported(
+    network: Callable[..., nn.Module], shape: tuple[int, ...], *arguments: object, dtype: torch.dtype = torch.float32
+) -> torch.export.ExportedProgram:
+    """``network(*arguments)`` for samples of a shape: exported once for all tests, which takes longest."""
+    model, x = network(*arguments).eval().to(dtype), torch.zeros(3, *shape, dtype=dtype)
+    return torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
 
 
 class Net(nn.Module):
@@ -106,11 +116,10 @@ FUSED = {
 @pytest.mark.parametrize("composite", ["epsilon_plus_flat", "gamma", "epsilon_alpha2_beta1", "guided_backprop"])
 @pytest.mark.parametrize("run", FUSED, ids=lambda f: f.__name__)
 def test_fused_steps_give_the_same(run: Callable[[Net, Tensor], Tensor], composite: str) -> None:
-    model = Net(run).eval()
     x = torch.randn(3, 4, 11, 13, generator=torch.Generator().manual_seed(1))
-    explainer = lrpfast.Explainer(model, x, composite=composite, record=("*",))
-    found = explainer(x, target=2)
-    exact = lrpfast.explain(copy.deepcopy(model).double(), x.double(), target=2, composite=composite, record=("*",))
+    found = lrpfast.explain(exported(Net, (4, 11, 13), run), x, target=2, composite=composite, record=("*",))
+    in_float64 = exported(Net, (4, 11, 13), run, dtype=torch.float64)
+    exact = lrpfast.explain(in_float64, x.double(), target=2, composite=composite, record=("*",))
     assert found.layers.keys() == exact.layers.keys() != set()
     maps = [(found.relevance, exact.relevance), (found.output, exact.output)]
     maps += [(found.layers[name], exact.layers[name]) for name in exact.layers]
@@ -121,7 +130,7 @@ def test_fused_steps_give_the_same(run: Callable[[Net, Tensor], Tensor], composi
 @pytest.mark.parametrize("run", FUSED, ids=lambda f: f.__name__)
 def test_what_is_fused(run: Callable[[Net, Tensor], Tensor]) -> None:
     x = torch.randn(3, 4, 11, 13)
-    steps = lrpfast.Explainer(Net(run).eval(), x).profile(x, repeats=1)
+    steps = lrpfast.Explainer(exported(Net, (4, 11, 13), run), x).profile(x, repeats=1)
     notes = [step.operation for step in steps]
     for note in FUSED[run]:
         assert any(note in operation for operation in notes), notes
@@ -137,26 +146,42 @@ def test_a_max_pool_keeps_one_byte_a_window():
     assert {native.max_pool, native.max_pool_dgrad, native.avg_pool_dgrad} <= functions
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+class Strided(nn.Module):
+    """Strided layers side by side, each with a stem of its own, whose relevance is what the layer alone passes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        forms = [
+            (kernel, stride, padding, dilation, groups)
+            for kernel, stride, padding, dilation in (
+                (1, 2, 0, 1), (1, 3, 0, 1), (3, 2, 0, 1), (3, 2, 1, 1), (3, 3, 1, 1), (3, 2, 1, 2), (3, 2, 2, 2),
+            )
+            for groups in (1, 2)
+        ]  # fmt: skip
+        self.stems = nn.ModuleList(nn.Conv2d(3, 4, 3, padding=1) for _ in forms)
+        self.strided = nn.ModuleList(nn.Conv2d(4, 6, *form) for form in forms)
+        self.head = nn.Linear(6 * len(forms), 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = zip(self.stems, self.strided, strict=True)
+        return self.head(torch.cat([strided(stem(x).relu()).relu().mean((2, 3)) for stem, strided in both], 1))
+
+
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize(
-    ("kernel", "stride", "padding", "dilation"),
-    [(1, 2, 0, 1), (1, 3, 0, 1), (3, 2, 0, 1), (3, 2, 1, 1), (3, 3, 1, 1), (3, 2, 1, 2), (3, 2, 2, 2)],
-)
-def test_strided_transposes(kernel: int, stride: int, padding: int, dilation: int, batch: int, groups: int) -> None:
-    torch.manual_seed(0)
-    strided = nn.Conv2d(4, 6, kernel, stride, padding, dilation, groups)
-    for size in ((11, 13), (12, 12)):
-        model = nn.Sequential(
-            nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), strided, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-            nn.Linear(6, 3),
-        ).eval()  # fmt: skip
-        x = torch.randn(batch, 3, *size)
-        explainer = lrpfast.Explainer(model, x, composite="epsilon_plus")
-        assert "conv_dgrad (as a transposed convolution)" in [s.operation for s in explainer.profile(x, repeats=1)]
-        exact = lrpfast.explain(copy.deepcopy(model).double(), x.double(), composite="epsilon_plus").relevance
-        found = explainer(x).relevance.double()
-        assert torch.linalg.vector_norm(found - exact) <= 1e-5 * torch.linalg.vector_norm(exact)
+@pytest.mark.parametrize("size", [(11, 13), (12, 12)])
+def test_strided_transposes(size: tuple[int, int], batch: int) -> None:
+    x = torch.randn(batch, 3, *size)
+    how = {"composite": "epsilon_plus", "record": ("stems.*",)}
+    explainer = lrpfast.Explainer(exported(Strided, (3, *size)), x, **how)
+    operations = [step.operation for step in explainer.profile(x, repeats=1)]
+    assert operations.count("conv_dgrad (as a transposed convolution)") == 14, operations
+    found = explainer(x)
+    exact = lrpfast.explain(exported(Strided, (3, *size), dtype=torch.float64), x.double(), **how)
+    assert len(exact.layers) == 14
+    pairs = [(found.relevance, exact.relevance), *((found.layers[name], exact.layers[name]) for name in exact.layers)]
+    for a, b in pairs:
+        assert torch.linalg.vector_norm(a.double() - b) <= 1e-5 * torch.linalg.vector_norm(b)
 
 
 def test_profile_counts_what_a_step_has_to_do() -> None:
@@ -232,6 +257,22 @@ OWN = {
 }
 
 
+def box_or(composite: str) -> str | lrpfast.Composite:
+    return lrpfast.composites.epsilon_gamma_box(low=-4, high=4) if composite == "epsilon_gamma_box" else composite
+
+
+@functools.cache
+def exact_and_torchs(
+    run: Callable[[Wide, Tensor], Tensor], composite: str
+) -> tuple[lrpfast.Explanation, lrpfast.Explanation]:
+    """What `Wide` gives for class 2 in float64, and with torch's operators in float32."""
+    x = torch.randn(3, 3, 11, 13, generator=torch.Generator().manual_seed(1))
+    how = {"composite": box_or(composite), "record": ("*",)}
+    exact = lrpfast.explain(exported(Wide, (3, 11, 13), run, dtype=torch.float64), x.double(), target=2, **how)
+    single = exported(Wide, (3, 11, 13), run)
+    return exact, lrpfast.Explainer(single, x, backend="torch", autotune=False, **how)(x, target=2)
+
+
 @pytest.mark.parametrize(
     ("composite", "tuned"),
     [("epsilon_plus", False), ("epsilon_plus", True), ("epsilon_gamma_box", False), ("epsilon_alpha2_beta1", False)],
@@ -243,12 +284,10 @@ def test_products_of_our_own_give_the_same(
     """At most twice as far from float64 as the reference operators are in float32."""
     monkeypatch.setenv("LRPFAST_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(convolutions, "_WORTH_TUNING", 1000)
-    how = lrpfast.composites.epsilon_gamma_box(low=-4, high=4) if composite == "epsilon_gamma_box" else composite
-    model = Wide(run).eval()
     x = torch.randn(3, 3, 11, 13, generator=torch.Generator().manual_seed(1))
-    explainer = lrpfast.Explainer(model, x, composite=how, record=("*",), autotune=tuned)
-    exact = lrpfast.explain(copy.deepcopy(model).double(), x.double(), target=2, composite=how, record=("*",))
-    reference = lrpfast.Explainer(model, x, composite=how, record=("*",), backend="torch", autotune=False)(x, target=2)
+    how = {"composite": box_or(composite), "record": ("*",), "autotune": tuned}
+    explainer = lrpfast.Explainer(exported(Wide, (3, 11, 13), run), x, **how)
+    exact, reference = exact_and_torchs(run, composite)
 
     def assert_as_good(found: Tensor, torchs: Tensor, exact: Tensor) -> None:
         own, own_of_torch = (torch.linalg.vector_norm(t.double() - exact) for t in (found, torchs))
@@ -266,11 +305,12 @@ def test_products_of_our_own_give_the_same(
 @pytest.mark.parametrize("run", OWN, ids=lambda f: f.__name__)
 def test_which_products_are_our_own(run: Callable[[Wide, Tensor], Tensor]) -> None:
     x = torch.randn(3, 3, 11, 13)
-    explainer = lrpfast.Explainer(Wide(run).eval(), x, composite="epsilon_plus", autotune=False)
+    model = exported(Wide, (3, 11, 13), run)
+    explainer = lrpfast.Explainer(model, x, composite="epsilon_plus", autotune=False)
     operations = [step.operation for step in explainer.profile(x, repeats=1)]
     for name in OWN[run]:
         assert name in operations, operations
-    reference = lrpfast.Explainer(Wide(run).eval(), x, composite="epsilon_plus", autotune=False, backend="torch")
+    reference = lrpfast.Explainer(model, x, composite="epsilon_plus", autotune=False, backend="torch")
     assert not any("Winograd" in s.operation or "product" in s.operation for s in reference.profile(x, repeats=1))
 
 
@@ -310,9 +350,10 @@ DENSE_RULES = [
 @pytest.mark.parametrize("batch", [1, 3])
 def test_dense_layers_of_few_samples_give_the_same(rule: lrpfast.rules.Rule, batch: int) -> None:
     how = lrpfast.Composite([("linear", rule)])
-    model, x = Dense().eval(), torch.randn(batch, 130, generator=torch.Generator().manual_seed(1))
+    model, x = exported(Dense, (130,)), torch.randn(batch, 130, generator=torch.Generator().manual_seed(1))
     explainer = lrpfast.Explainer(model, x, composite=how, record=("*",))
-    exact = lrpfast.explain(copy.deepcopy(model).double(), x.double(), target=2, composite=how, record=("*",))
+    in_float64 = exported(Dense, (130,), dtype=torch.float64)
+    exact = lrpfast.explain(in_float64, x.double(), target=2, composite=how, record=("*",))
     reference = lrpfast.Explainer(model, x, composite=how, record=("*",), backend="torch")(x, target=2)
     for several in (x, torch.cat([x] * 20)):  # more samples than the steps were made for
         found = explainer(several, target=2)
@@ -352,17 +393,17 @@ def test_large_weights_that_are_transformed_at_each_call_give_the_same(
 ) -> None:
     monkeypatch.setattr(convolutions, "_LARGE_WEIGHT", 0)
     monkeypatch.setattr(convolutions, "_ENOUGH_TILES", 0)
-    how = lrpfast.composites.epsilon_gamma_box(low=-4, high=4) if composite == "epsilon_gamma_box" else composite
-    model = Wide(run).eval()
     x = torch.randn(3, 3, 11, 13, generator=torch.Generator().manual_seed(1))
-    explainer = lrpfast.Explainer(model, x, composite=how)
+    explainer = lrpfast.Explainer(exported(Wide, (3, 11, 13), run), x, composite=box_or(composite))
     found = explainer(x, target=2)
     (compiled,) = explainer._compiled.values()
     steps = compiled.executor(compiled.default_seed, False, 3).steps
     layers = [arg for step in steps for arg in step.args if isinstance(arg, Winograd)]
     assert all(isinstance(layer.weight, Filters) for layer in layers)
     assert {layer.weight.transposed for layer in layers} == {True, False}  # layers, and transposes
-    assert_as_good_as_torchs(found.relevance, model, x, how)
+    exact, torchs = (explanation.relevance for explanation in exact_and_torchs(run, composite))
+    error, of_torch = (torch.linalg.vector_norm(t.double() - exact) for t in (found.relevance, torchs))
+    assert error <= 2 * of_torch + 2**-22 * torch.linalg.vector_norm(exact)
 
 
 class Normed(nn.Module):
@@ -389,9 +430,9 @@ class Normed(nn.Module):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_bfloat16_by_winograd(composite: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """No farther from float64 than torch's convolutions are in bfloat16. The kernels run without the instructions as well."""
-    model = Normed().eval()
+    model, in_float64 = (exported(Normed, (3, 17, 15), dtype=dtype) for dtype in (torch.float32, torch.float64))
     x = torch.randn(batch, 3, 17, 15, generator=torch.Generator().manual_seed(1))
-    exact = lrpfast.explain(copy.deepcopy(model).double(), x.double(), target=2, composite=composite).relevance
+    exact = lrpfast.explain(in_float64, x.double(), target=2, composite=composite).relevance
     distances, operations = {}, {}
     for fast in (True, False):
         monkeypatch.setattr(products, "multiplies_bfloat16", lambda fast=fast: fast)
