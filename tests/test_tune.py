@@ -80,12 +80,21 @@ def test_processes_that_tune_at_once_lose_nothing(tmp_path: Path) -> None:
         import sys
         from pathlib import Path
         from lrpfast.runtime.tune import Tuner
+        print("ready", flush=True)
+        sys.stdin.readline()
         for i in range(25):
             tuner = Tuner(Path(sys.argv[1]))
             tuner.choose(f"{sys.argv[2]} {i}", lambda: {"a": lambda: None, "b": lambda: None})
             tuner.save()
     """
-    running = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), str(tmp_path), str(n)]) for n in range(2)]
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen([*command, str(n)], **pipes) for n in range(2)]
+    for process in running:
+        assert process.stdout.readline() == "ready\n"
+    for process in running:
+        with process.stdin, process.stdout:
+            process.stdin.write("go\n")
     assert [process.wait(120) for process in running] == [0, 0]
     (written,) = tmp_path.glob("*.json")
     assert len(json.loads(written.read_text())["choices"]) == 50
