@@ -338,10 +338,6 @@ def is_tensor(node: Any) -> bool:
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def tensor_args(node: fx.Node) -> list[fx.Node]:
-    return [n for n in node.all_input_nodes if is_tensor(n)]
-
-
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     """An argument of a call by position or name, else its default."""
     if len(node.args) > position:
