@@ -42,7 +42,7 @@ inline Lanes lanes(float value) { return value - Lanes{}; }
 
 inline void put(float* p, Lanes v) { std::memcpy(p, &v, sizeof v); }
 
-// Rounds as narrow() in cpu_vector.h does.
+// Rounds as narrow() in cpu_vector.h does; the instruction takes what is denormal for zero.
 inline void put(std::uint16_t* p, Lanes v) {
 #if defined(__AVX512BF16__)
   const __m256bh narrowed = _mm512_cvtneps_pbh(v);
