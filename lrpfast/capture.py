@@ -16,6 +16,7 @@ import dataclasses
 import inspect
 import itertools
 import linecache
+import os
 import sys
 import threading
 import traceback
@@ -142,8 +143,7 @@ def _branches_on_the_batch() -> Iterator[list[str]]:
     take the way of the example's batch, silently where the size is compared with 0 or 1, of which torch.export assumes it is neither."""
     found: list[str] = []
     decide = torch.SymBool.__bool__
-    torch_folder = str(Path(torch.__file__).parent)
-
+    torch_folder = f"{Path(torch.__file__).parent}{os.sep}"
     thread = threading.get_ident()
 
     def noticed(condition: torch.SymBool) -> bool:
