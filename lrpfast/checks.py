@@ -57,6 +57,21 @@ def check_inputs(inputs: tuple[torch.Tensor, ...], parameters: Iterable[torch.Te
             check_finite(tensor, name)
 
 
+def as_names(record: Any) -> tuple[str, ...]:
+    """Names of modules to record, as a tuple: of none, one or several.
+
+    Raises
+    ------
+    InputError
+        Anything else than strings.
+    """
+    given = (record,) if isinstance(record, str) else () if record is None else record
+    names = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(isinstance(name, str) for name in names):
+        raise InputError(f"record must be names of modules, such as ('layer4', 'features.*'), got {record!r}")
+    return names
+
+
 def check_finite(tensor: torch.Tensor, name: str, first: int = 0) -> None:
     """Raise a NumericsError where a tensor has NaN or infinity; the message says in which samples, counted from `first`."""
     if bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all()):

@@ -162,21 +162,19 @@ class Explainer:
         composite: str | Composite = "epsilon_plus_flat",
         precision: str | None = None,
         backend: str = "auto",
-        record: Sequence[str] = (),
+        record: str | Sequence[str] | None = (),
         autotune: bool = True,
     ) -> None:
         if not isinstance(model, (torch.nn.Module, ExportedProgram)):
             raise InputError(f"model must be a torch.nn.Module or an ExportedProgram, got {type(model).__name__}")
         if precision is not None and precision not in _PRECISIONS:
             raise InputError(f"precision must be None or one of {', '.join(_PRECISIONS)}, got {precision!r}")
-        if isinstance(record, str):
-            record = (record,)
         self._model = model
         self._watch = Watch(model)
         self._composite = get(composite)
         self._precision = None if precision is None else _PRECISIONS[precision]
         self._backend = _check_backend(backend)
-        self._record = tuple(record)
+        self._record = checks.as_names(record)
         self._autotune = autotune
         self._compiled: OrderedDict[tuple, Compiled] = OrderedDict()
         self._latest: Compiled | None = None

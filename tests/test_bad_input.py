@@ -99,6 +99,8 @@ def test_a_target_that_holds_nan(explainer: lrpfast.Explainer):
         ({"precision": "float8"}, errors.InputError, ["float8", "bfloat16"]),
         ({"backend": "cudnn"}, errors.InputError, ["cudnn", "auto"]),
         ({"record": ("layer9",)}, errors.InputError, ["layer9"]),
+        ({"record": (0,)}, errors.InputError, ["(0,)", "names"]),
+        ({"record": 0}, errors.InputError, ["0", "names"]),
         ({"composite": lrpfast.Composite([("conv", rules.ZPlus())])}, errors.RuleError, ["'5'", "linear", "custom"]),
         (
             {"composite": lrpfast.Composite([("any", rules.Epsilon()), ("head.*", rules.Zero())])},
@@ -231,6 +233,34 @@ def test_batch_statistics():
 def test_a_mean_over_the_batch():
     with pytest.raises(errors.CaptureError, match="mean over dimension 0"):
         lrpfast.Explainer(Step(lambda x: x - x.mean(0, keepdim=True)), torch.randn(4, 6))
+
+
+def test_one_output_for_the_whole_batch():
+    with pytest.raises(errors.CaptureError, match=r"'mean'.*one number for the whole batch"):
+        lrpfast.Explainer(Step(lambda x: x.mean()), torch.randn(4, 6))
+
+
+class Shifted(nn.Module):
+    """A model with a layer that runs on a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shift = nn.Linear(6, 3), nn.Linear(2, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + self.shift(torch.ones(x.shape[0], 2))
+
+
+def test_a_layer_that_does_not_depend_on_the_input_has_no_relevance_to_record():
+    x = torch.randn(4, 6)
+    with pytest.raises(errors.InputError, match=r"'sh\*' fits shift, whose values do not depend on the input"):
+        lrpfast.Explainer(Shifted(), x, "epsilon", record="sh*")
+    found = lrpfast.explain(Shifted(), x, composite="epsilon", record=("*", "@features")).layers
+    assert {name: list(part.shape) for name, part in found.items()} == {"first": [4, 3], "@features": [4, 6]}
+
+
+def test_nothing_to_record():
+    assert lrpfast.explain(small(), X, record=None).layers == {}
 
 
 def test_not_a_model():

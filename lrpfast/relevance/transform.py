@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 import torch
@@ -11,7 +12,7 @@ from torch import fx
 
 import lrpfast.ops  # noqa: F401  declares torch.ops.lrpfast
 from lrpfast.assign import Assignment
-from lrpfast.errors import InputError, UnsupportedOperationError
+from lrpfast.errors import CaptureError, InputError, UnsupportedOperationError
 from lrpfast.explanation import FEATURES
 from lrpfast.facts import Facts, depends_on_input, prove
 from lrpfast.graph import Builder, Program, describe, is_tensor, operation_name, rank, same_sizes, value
@@ -63,7 +64,9 @@ def transform(
     UnsupportedOperationError, RuleError
         Relevance reaches an operation that has no rule; a rule does not fit its layer.
     InputError
-        A name in `record` fits no layer.
+        A name in `record` fits no layer that relevance can reach.
+    CaptureError
+        The output has no dimension for the samples.
     """
     build, mapping = _copy(program)
     output = mapping[program.outputs[0]]
@@ -78,11 +81,16 @@ def transform(
             f"the model's output ({describe(output)}) depends on the input through comparisons alone, or not at all: no relevance "
             "can reach the input"
         )
-    recorded = _recorded_values(order, output, record)
+    if rank(output) == 0:
+        raise CaptureError(
+            f"the model's output ({describe(output)}) is one number for the whole batch, whose samples LRP explains one by one: wrap the "
+            "model so that it returns a number, or a vector, for each sample"
+        )
+    recorded = _recorded_values(walk, order, record)
     walk.send(output, _seed(walk, output, seed, inputs[-1]))
     relevance, layers = _run(walk, order, inputs, recorded)
     if FEATURES in layers:
-        layers[FEATURES] = _by_channel(walk, layers[FEATURES], _last_features(order, output)[1])
+        layers[FEATURES] = _by_channel(walk, layers[FEATURES], _last_features(walk, order)[1])
     results = [output, *(relevance[i] for i in inputs), *(layers[name] for name in recorded)]
     build.graph.output(tuple(results))
     build.graph.eliminate_dead_code()
@@ -159,29 +167,38 @@ def _total(walk: Walk, node: fx.Node, message: Message | None) -> fx.Node:
     return walk.call(aten.zeros_like.default, node) if message is None else walk.relevance(message)
 
 
-def _recorded_values(order: list[fx.Node], output: fx.Node, record: tuple[str, ...]) -> dict[str, fx.Node]:
+def _recorded_values(walk: Walk, order: list[fx.Node], record: tuple[str, ...]) -> dict[str, fx.Node]:
     """The value that leaves each module named in `record`; for `FEATURES` what the last layer reads."""
-    leaving = _leaving_values(order, output) if record else {}
+    leaving = _leaving_values(order, walk.output) if record else {}
+    reached = [name for name, node in leaving.items() if node in walk.reached]
     result: dict[str, fx.Node] = {}
     for pattern in record:
         if pattern == FEATURES:
-            result[FEATURES], _ = _last_features(order, output)
+            result[FEATURES], _ = _last_features(walk, order)
             continue
-        names = [n for n in leaving if fnmatchcase(n, pattern) or fnmatchcase(n.split("@")[0], pattern)]
+        names = _fitting(reached, pattern)
+        if not names and (apart := _fitting(leaving, pattern)):
+            raise InputError(
+                f"record: {pattern!r} fits {', '.join(apart)}, whose values do not depend on the input: no relevance reaches them"
+            )
         if not names:
-            listed = ", ".join(list(leaving)[:12]) + (", ..." if len(leaving) > 12 else "")
+            listed = ", ".join(reached[:12]) + (", ..." if len(reached) > 12 else "")
             raise InputError(f"record: {pattern!r} fits no layer of the model; its layers: {listed}")
         result.update({n: leaving[n] for n in names})
     return result
 
 
-def _last_features(order: list[fx.Node], output: fx.Node) -> tuple[fx.Node, int]:
-    """What the last dense layer or convolution reads, as it was before it was flattened, and its dimension of channels."""
+def _fitting(names: Iterable[str], pattern: str) -> list[str]:
+    return [n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n.split("@")[0], pattern)]
+
+
+def _last_features(walk: Walk, order: list[fx.Node]) -> tuple[fx.Node, int]:
+    """What the last dense layer or convolution that the input reaches reads, before it was flattened, and its dimension of channels."""
 
     def by_sample(node: fx.Node) -> bool:
-        return same_sizes(value(node).shape[:1], value(output).shape[:1])
+        return same_sizes(value(node).shape[:1], value(walk.output).shape[:1])
 
-    layers = [node for node in order if {"linear", "conv"} & {*kinds_of(node)}]
+    layers = [node for node in order if {"linear", "conv"} & {*kinds_of(node)} and node.args[0] in walk.reached]
     if not layers:
         raise InputError(
             f"record: {FEATURES!r} is what the last dense layer reads; the model has none, and no convolution"
