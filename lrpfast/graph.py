@@ -19,6 +19,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensorMode
 
+from lrpfast.errors import UnsupportedOperationError
 from lrpfast.ops.filters import Filters
 from lrpfast.ops.reference import Scales
 
@@ -253,6 +254,11 @@ class Builder:
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Append a call and compute its fake value."""
         node = self.call_of(None, target, args, kwargs)
+        if _lacks_operand(target, args):
+            raise UnsupportedOperationError(
+                f"{describe(node)} takes a result beside the first of another operation, such as the indices of a max pool; there is no "
+                "rule for that"
+            )
         fakes, fake_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         # The Python dispatcher keeps composite operators symbolic; in C++ they would fix the batch.
         with self.fake_mode, enable_python_dispatcher(), torch.no_grad():
@@ -278,6 +284,13 @@ class Builder:
 
     def shape(self, node: fx.Node) -> list[int | fx.Node]:
         return [self.size(node, d) for d in range(rank(node))]
+
+
+def _lacks_operand(target: Callable[..., Any], args: tuple) -> bool:
+    """Whether a tensor that an operator has to have is None, as results are that no canonical form gives."""
+    schema = getattr(target, "_schema", None)
+    required = [] if schema is None else [isinstance(a.type, torch.TensorType) for a in schema.arguments]
+    return any(a is None and needed for a, needed in zip(args, required, strict=False))
 
 
 def _free_name(hint: str, taken: Container[str]) -> str:

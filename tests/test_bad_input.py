@@ -190,6 +190,18 @@ def test_operations_without_a_rule_are_named(step, name: str):
     assert "'odd'" in str(caught.value)
 
 
+def test_unpooling_is_named():
+    """Its indices are the second result of a max pool, which no rule needs."""
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        pooled, indices = nn.functional.max_pool2d(x, 2, return_indices=True)
+        return nn.functional.max_unpool2d(pooled, indices, 2)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Step(step), nn.Flatten(), nn.Linear(144, 2))
+    with pytest.raises(errors.UnsupportedOperationError, match=r"'max_unpool2d' in the module '1'"):
+        lrpfast.Explainer(model, X)
+
+
 def test_an_output_that_no_relevance_can_leave():
     with pytest.raises(errors.UnsupportedOperationError, match="comparisons alone"):
         lrpfast.Explainer(Step(lambda x: (x > 0).float()), torch.randn(2, 6))
