@@ -13,6 +13,7 @@ Each handler below takes one ATen operation and emits the canonical one. After t
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -31,9 +32,11 @@ from lrpfast.graph import (
     describe,
     is_size,
     is_tensor,
+    known_shape,
     normalise_dim,
     operation_name,
     rank,
+    static_sizes,
     value,
 )
 from lrpfast.ops.filters import Filters
@@ -347,7 +350,18 @@ def _cat(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
     In a DenseNet every layer joins all that came before it; relevance then flows back along a chain, not along a number of
     slices that grows with the square of the depth.
     """
-    parts, dim = list(args[0]), normalise_dim(argument(node, 1, "dim", 0), rank(node))
+    return _join(builder, list(args[0]), normalise_dim(argument(node, 1, "dim", 0), rank(node)))
+
+
+@_handles("hstack", "column_stack", "dstack")
+def _stacked(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    parts, dim = list(args[0]), 2 if operation_name(node) == "dstack" else 1
+    if any(rank(x) < 2 for x in parts):
+        return builder.call(node.target, *args, **kwargs)
+    return _join(builder, [builder.call(aten.unsqueeze.default, x, 2) if rank(x) == dim else x for x in parts], dim)
+
+
+def _join(builder: Builder, parts: list[fx.Node], dim: int) -> fx.Node:
     while (begun := _joined_before(parts, dim)) is not None:
         parts = [begun, *parts[len(begun.args[0]) :]]
     return parts[0] if len(parts) == 1 else builder.call(aten.cat.default, parts, dim)
@@ -419,6 +433,29 @@ def _max_pool_named(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) 
     return builder.call(operator.getitem, call, 0)
 
 
+@_handles("amax", "max")
+def _max_over_dims(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """Within a sample: a max pool with one window, over the reduced dimensions side by side."""
+    x, given = args[0], argument(node, 1, "dim")
+    named = operation_name(node) == "amax" or node.target is aten.max.dim
+    dims = sorted({normalise_dim(d, rank(x)) for d in as_list(given, 1)}) if named and given not in (None, []) else []
+    sizes = known_shape(x)
+    if not dims or dims[0] == 0 or -1 in sizes[1:] or not value(x).is_floating_point():
+        return builder.call(node.target, *args, **kwargs)
+    others = [d for d in range(1, rank(x)) if d not in dims]
+    batch = builder.size(x, 0)
+    window = [1, math.prod(sizes[d] for d in dims)]
+    moved = builder.call(aten.permute.default, x, [0, *others, *dims])
+    rows = builder.call(aten.reshape.default, moved, [batch, math.prod(sizes[d] for d in others), *window])
+    pooled = builder.call(aten.max_pool2d_with_indices.default, rows, window, window, [0, 0], [1, 1], False)
+    keepdim = argument(node, 2, "keepdim", False)
+    shape = [1 if d in dims else sizes[d] for d in range(1, rank(x)) if keepdim or d not in dims]
+    result = builder.call(aten.reshape.default, builder.call(operator.getitem, pooled, 0), [batch, *shape])
+    if operation_name(node) == "amax":
+        return result
+    return _Parts([result, builder.call(aten.argmax.default, x, dims[0], keepdim)])
+
+
 @_handles("avg_pool1d")
 def _avg_pool1d(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
     """As one row of an image: average pooling then has one form for its way back."""
@@ -456,6 +493,27 @@ def _as_other(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.
     x, other = args
     target = aten.expand.default if operation_name(node) == "expand_as" else aten.reshape.default
     return builder.call(target, x, builder.shape(other))
+
+
+@_handles("broadcast_to")
+def _broadcast_to(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    return builder.call(aten.expand.default, *args)
+
+
+@_handles("broadcast_tensors")
+def _broadcast_tensors(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> _Parts:
+    shape: list[Any] = [1] * max(rank(x) for x in args[0])
+    for x in args[0]:
+        for d in range(-rank(x), 0):
+            if not is_size(value(x).shape[d], 1):
+                shape[d] = builder.size(x, d + rank(x))
+    return _Parts(builder.call(aten.expand.default, x, shape) for x in args[0])
+
+
+@_handles("tile")
+def _tile(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    x, counts = args
+    return builder.call(aten.repeat.default, x, [1] * (rank(x) - len(counts)) + list(counts))
 
 
 @_handles("squeeze")
@@ -507,17 +565,17 @@ def _negation(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.
     return builder.call(aten.add.Tensor, negated, args[1])
 
 
-@_handles("transpose", "t", "swapaxes", "mT", "numpy_T", "adjoint")
+@_handles("transpose", "t", "swapaxes", "swapdims", "mT", "numpy_T", "mH", "matrix_H", "adjoint")
 def _transpose(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
-    dims = rank(args[0])
+    name, dims = operation_name(node), rank(args[0])
     order = list(range(dims))
-    if operation_name(node) in ("transpose", "swapaxes"):
-        a, b = (normalise_dim(d, dims) for d in args[1:3])
-        order[a], order[b] = order[b], order[a]
-    elif operation_name(node) == "t":
+    if value(args[0]).is_complex():  # some conjugate
+        return builder.call(node.target, *args, **kwargs)
+    if name in ("t", "numpy_T"):
         order.reverse()
     else:
-        return builder.call(node.target, *args, **kwargs)
+        a, b = (normalise_dim(d, dims) for d in (args[1:3] if len(args) > 1 else (-2, -1)))
+        order[a], order[b] = order[b], order[a]
     return builder.call(aten.permute.default, args[0], order)
 
 
@@ -573,6 +631,26 @@ def _gather_pad(builder: Builder, x: fx.Node, amounts: list[int], mode: str) -> 
         x = builder.call(aten.index_select.default, x, dim, node)
         x.meta["layer_padding"] = True
     return x
+
+
+# --- sums and products ------------------------------------------------------------------------------------------------
+
+_ALIASES = {"subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div"}
+
+
+@_handles(*_ALIASES)
+def _alias(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    packet = getattr(aten, _ALIASES[operation_name(node)])
+    return builder.call(getattr(packet, node.target._overloadname), *args, **kwargs)
+
+
+@_handles("glu")
+def _glu(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    """One half gates the other."""
+    x, dim = args[0], normalise_dim(argument(node, 1, "dim", -1), rank(args[0]))
+    half = static_sizes(x, [dim])[0] // 2
+    signal, gate = (builder.call(aten.slice.Tensor, x, dim, start, start + half) for start in (0, half))
+    return builder.call(aten.mul.Tensor, signal, builder.call(aten.sigmoid.default, gate))
 
 
 # --- activations ------------------------------------------------------------------------------------------------------

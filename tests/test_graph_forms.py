@@ -184,12 +184,16 @@ def test_a_matrix_product_with_a_parameter_is_a_dense_layer(spelling: str):
 
 
 def assert_same_as(
-    found: Callable[..., Tensor], plain: Callable[..., Tensor], modules: dict[str, nn.Module], x: Tensor = X
+    found: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    modules: dict[str, nn.Module],
+    x: Tensor = X,
+    target: int | None = 0,
 ):
     """Two spellings over the same modules: one map, and the output that the model itself returns."""
-    expected = lrpfast.explain(Model(modules, plain).double().eval(), x, target=0, composite=COMPOSITE)
+    expected = lrpfast.explain(Model(modules, plain).double().eval(), x, target=target, composite=COMPOSITE)
     model = Model(modules, found).double().eval()
-    explanation = lrpfast.explain(model, x, target=0, composite=COMPOSITE)
+    explanation = lrpfast.explain(model, x, target=target, composite=COMPOSITE)
     with torch.no_grad():
         assert distance(explanation.output, model(x).reshape(explanation.output.shape)) <= 1e-12
     assert explanation.output.shape == expected.output.shape
@@ -332,6 +336,56 @@ def test_values_of_the_default_dtype_are_in_the_program_s_precision(spelling: st
     limit = 0.06 if precision == "bfloat16" else 0.01
     assert distance(found.relevance, full.relevance) <= limit
     assert distance(found.output, model(x)) <= limit
+
+
+def pooled_rows(y: Tensor) -> Tensor:
+    return F.max_pool2d(y, (1, 5))
+
+
+Pair = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+OTHER_NAMES: dict[str, Pair] = {
+    "tile": (lambda y: y[:, :, :1].tile(1, 1, 5, 1), lambda y: y[:, :, :1].repeat(1, 1, 5, 1)),
+    "tile of the last": (lambda y: y[..., :1].tile(5), lambda y: y[..., :1].repeat(1, 1, 1, 5)),
+    "broadcast_to": (
+        lambda y: torch.broadcast_to(mean_of_channels(y), y.shape), lambda y: mean_of_channels(y).expand(-1, -1, 5, 5),
+    ),
+    "broadcast_tensors": (
+        lambda y: torch.broadcast_tensors(mean_of_channels(y), y)[0], lambda y: mean_of_channels(y).expand(-1, -1, 5, 5),
+    ),
+    "swapdims": (lambda y: y.swapdims(2, -1), lambda y: y.transpose(2, -1)),
+    "mT": (lambda y: y.mT, lambda y: y.transpose(2, 3)),
+    "mH": (lambda y: y.mH, lambda y: y.transpose(2, 3)),
+    "hstack": (lambda y: torch.hstack([y[:, 1:], y[:, :1]]), lambda y: torch.cat([y[:, 1:], y[:, :1]], 1)),
+    "dstack": (lambda y: torch.dstack([y[:, :, 2:], y[:, :, :2]]), lambda y: torch.cat([y[:, :, 2:], y[:, :, :2]], 2)),
+    "dstack of matrices": (
+        lambda y: torch.dstack([y[:, 0].flatten(1), y[:, 1].flatten(1)]), lambda y: y.flatten(2).transpose(1, 2),
+    ),
+    "subtract": (
+        lambda y: torch.subtract(y, mean_of_channels(y), alpha=0.5),
+        lambda y: torch.sub(y, mean_of_channels(y), alpha=0.5),
+    ),
+    "multiply": (lambda y: torch.multiply(y, 0.5), lambda y: y * 0.5),
+    "divide": (lambda y: torch.divide(y, y.sum(1, keepdim=True) + 1), lambda y: y / (y.sum(1, keepdim=True) + 1)),
+    "true_divide": (lambda y: torch.true_divide(y, 3), lambda y: y / 3),
+    "glu": (
+        lambda y: F.glu(y - 0.2, 1).repeat(1, 2, 1, 1),
+        lambda y: ((y - 0.2)[:, :1] * torch.sigmoid((y - 0.2)[:, 1:])).repeat(1, 2, 1, 1),
+    ),
+    "amax": (
+        lambda y: (y - 1).amax((2, 3), keepdim=True) + y, lambda y: F.adaptive_max_pool2d(y - 1, 1) + y,
+    ),
+    "amax of a dimension": (lambda y: y.amax(-1).repeat(1, 1, 5), lambda y: pooled_rows(y).flatten(2).repeat(1, 1, 5)),
+    "max of a dimension": (
+        lambda y: y.max(1, keepdim=True).values + y,
+        lambda y: F.max_pool2d(y.flatten(2)[:, None], (2, 1)).reshape(-1, 1, 5, 5) + y,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", OTHER_NAMES)
+def test_other_names_of_operations(spelling: str):
+    found, plain = OTHER_NAMES[spelling]
+    assert_same_as(between(found), between(plain), parts("a"))
 
 
 @pytest.mark.parametrize(
