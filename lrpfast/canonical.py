@@ -633,6 +633,22 @@ def _gather_pad(builder: Builder, x: fx.Node, amounts: list[int], mode: str) -> 
     return x
 
 
+_FILLS = {"zeros": 0, "ones": 1, "full": None}
+
+
+@_handles(*(name for kind in _FILLS for name in (f"{kind}_like", f"new_{kind}")))
+def _filled(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    """A value that takes shape or dtype from another takes nothing else: no relevance reaches that other through it."""
+    name, x = operation_name(node), args[0]
+    like = name.endswith("_like")
+    fill = _FILLS[name.removesuffix("_like").removeprefix("new_")]
+    if fill is None:
+        fill = argument(node, 1 if like else 2, "fill_value")
+    dtype, device = kwargs.get("dtype") or value(x).dtype, kwargs.get("device") or value(x).device
+    shape = builder.shape(x) if like else args[1]
+    return builder.call(aten.full.default, shape, fill, dtype=dtype, device=device)
+
+
 # --- sums and products ------------------------------------------------------------------------------------------------
 
 _ALIASES = {"subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div"}

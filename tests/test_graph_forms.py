@@ -388,6 +388,29 @@ def test_other_names_of_operations(spelling: str):
     assert_same_as(between(found), between(plain), parts("a"))
 
 
+NEW_VALUES: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    "zeros_like": (lambda y: torch.zeros_like(y), 0.0),
+    "ones_like": (lambda y: torch.ones_like(y), 1.0),
+    "full_like": (lambda y: torch.full_like(y, 0.5), 0.5),
+    "new_zeros": (lambda y: y.new_zeros(y.shape), 0.0),
+    "new_ones": (lambda y: y.new_ones(y.shape), 1.0),
+    "new_full": (lambda y: y.new_full(y.shape, 0.5), 0.5),
+}
+
+
+@pytest.mark.parametrize("spelling", NEW_VALUES)
+def test_new_values_carry_nothing_of_what_they_are_shaped_like(spelling: str):
+    make, number = NEW_VALUES[spelling]
+
+    def found(y: Tensor) -> Tensor:
+        return torch.cat([torch.where(y > 0.1, y, make(y)) + make(y), make(y)], 1)[:, 1:3]
+
+    def plain(y: Tensor) -> Tensor:
+        return F.pad(torch.where(y > 0.1, y, number) + number, (0, 0, 0, 0, 0, 2), value=number)[:, 1:3]
+
+    assert_same_as(between(found), between(plain), parts("a"))
+
+
 @pytest.mark.parametrize(
     "spelling",
     [lambda y: F.pad(y, (1, 1, 1, 1), mode="circular")[:, :, 1:-1, 1:-1], lambda y: y.repeat_interleave(2, 1)[:, ::2]],
