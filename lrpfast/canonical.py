@@ -649,6 +649,19 @@ def _filled(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.No
     return builder.call(aten.full.default, shape, fill, dtype=dtype, device=device)
 
 
+@_handles("index")
+def _index(builder: Builder, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+    """A constant mask chooses places that are known now; how many a mask chooses would else be known at run time alone."""
+    indices: list[fx.Node | None] = []
+    for index in args[1]:
+        if _is_constant(index) and value(index).dtype is torch.bool:
+            places = builder.tensor(index).nonzero(as_tuple=True)
+            indices.extend(builder.constant(place, f"{index.target}_places") for place in places)
+        else:
+            indices.append(index)
+    return builder.call(node.target, args[0], indices)
+
+
 # --- sums and products ------------------------------------------------------------------------------------------------
 
 _ALIASES = {"subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div"}

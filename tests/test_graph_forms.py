@@ -411,6 +411,27 @@ def test_new_values_carry_nothing_of_what_they_are_shaped_like(spelling: str):
     assert_same_as(between(found), between(plain), parts("a"))
 
 
+MASK = torch.tensor([True, False, True, True, True])
+PLACES = [0, 2, 3, 4]
+MASKED: dict[str, Pair] = {
+    "last": (lambda y: y[..., MASK], lambda y: y[..., PLACES]),
+    "before others": (lambda y: y[:, :, MASK].mean(3), lambda y: y[:, :, PLACES].mean(3)),
+    "of two dimensions": (
+        lambda y: y[:, :, torch.diag(MASK)], lambda y: y[:, :, torch.tensor(PLACES), torch.tensor(PLACES)],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", [0, None])
+@pytest.mark.parametrize("spelling", MASKED)
+def test_a_constant_mask_is_the_places_that_it_chooses(spelling: str, target: int | None):
+    def model(choose: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+        return lambda m, x: choose(m.a(x).relu()).flatten(1)
+
+    found, plain = MASKED[spelling]
+    assert_same_as(model(found), model(plain), parts("a"), target=target)
+
+
 @pytest.mark.parametrize(
     "spelling",
     [lambda y: F.pad(y, (1, 1, 1, 1), mode="circular")[:, :, 1:-1, 1:-1], lambda y: y.repeat_interleave(2, 1)[:, ::2]],
