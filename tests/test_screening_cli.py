@@ -149,6 +149,25 @@ class TestScreen:
         result = screen("--pool", 5, status=2)
         assert "out holds a screening with other settings" in result.stderr and "map.height is 4 there" in result.stderr
 
+    @pytest.mark.parametrize("stage", ["analyse", "verify", "report"])
+    def test_later_stages_refuse_other_settings_before_they_write(self, folder, stage):
+        screen("--pool", 4)
+        pictures(folder / "others", 5)
+        (folder / "reversed.txt").write_text("ox\ndog\ncat\n")
+        before = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*") if path.name != ".lock"}
+        cases = {
+            ("--checkpoint", "other.pt"): "the model has other weights",
+            ("--data", "others"): 'settings, .*data is ".*/data" there and ".*/others" now.*the data are others',
+            ("--classes", "reversed.txt"): "the classes are others",
+            ("--target", "prediction"): 'target is "label" there and "prediction" now',
+        }
+        torch.save({name: value + 1 for name, value in make().state_dict().items()}, folder / "other.pt")
+        for options, message in cases.items():
+            result = screen("--pool", 4, *options, status=2, stages=(stage,))
+            assert re.search(f"out holds a screening with other.*{message}", result.stderr), result.stderr
+        assert before == {path: path.stat().st_mtime_ns for path in before}
+        assert {*before} == {path for path in (folder / "out").rglob("*") if path.name != ".lock"}
+
     def test_later_stages_want_all_shards(self, folder):
         screen("--shard-size", 5)
         (folder / "out" / "shards" / "shard-000001.parquet").unlink()

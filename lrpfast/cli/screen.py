@@ -55,6 +55,7 @@ def run(
     """
     screening.require()
     from lrpfast.screening import manifest
+    from lrpfast.screening.explain import check_same
 
     check_writable(output)
     _check_apart(data, output)
@@ -74,6 +75,7 @@ def run(
             )  # fmt: skip
             _tell(summary, output, len(recipe.model.categories) or recipe.model.outputs)
         else:
+            check_same(recipe, source, output, target=target, seed=seed, pool=pool, shard_size=shard_size)
             _check_complete(output)
         if "analyse" in stages:
             with _classes(terminal, "analysing") as progress:

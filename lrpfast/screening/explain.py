@@ -111,7 +111,41 @@ def explain_dataset(
         raise InputError("pool, batch_size and shard_size must be at least 1")
     folder = Path(folder)
     shape = input_shape(source, recipe)
-    asked = Manifest(
+    asked = _asked(recipe, source, shape, target, seed, pool, shard_size)
+    with manifest.locked(folder):
+        if not (folder / manifest.NAME).exists():
+            save_listing(source, folder)
+        manifest.begin(folder, asked)
+        return _explain(recipe, source, folder, asked, shape, Pooling(target, seed, asked.height, asked.width),
+                        batch_size, workers, engine, progress)  # fmt: skip
+
+
+def check_same(
+    recipe: Recipe,
+    source: Source,
+    folder: str | os.PathLike[str],
+    *,
+    target: str = "label",
+    seed: str = "logit",
+    pool: int = 28,
+    shard_size: int = 1000,
+) -> None:
+    """Find that `explain_dataset`, with the same arguments, would go on with what `folder` holds: for the stages after it.
+
+    Raises
+    ------
+    ScreeningError
+        It holds no screening, or another one; the message says what differs.
+    InputError
+        No sample can be read.
+    """
+    manifest.check(folder, _asked(recipe, source, input_shape(source, recipe), target, seed, pool, shard_size))
+
+
+def _asked(
+    recipe: Recipe, source: Source, shape: tuple[int, ...], target: str, seed: str, pool: int, shard_size: int
+) -> Manifest:
+    return Manifest(
         settings={"data": source.spec, "target": target, "seed": seed, **recipe.settings},
         model={
             **recipe.description,
@@ -125,12 +159,6 @@ def explain_dataset(
         shard_size=shard_size,
         listing=source.digest(),
     )
-    with manifest.locked(folder):
-        if not (folder / manifest.NAME).exists():
-            save_listing(source, folder)
-        manifest.begin(folder, asked)
-        return _explain(recipe, source, folder, asked, shape, Pooling(target, seed, asked.height, asked.width),
-                        batch_size, workers, engine, progress)  # fmt: skip
 
 
 def _explain(

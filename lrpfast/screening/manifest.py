@@ -149,18 +149,29 @@ def begin(folder: str | os.PathLike[str], manifest: Manifest) -> None:
     """
     folder = Path(folder)
     if (folder / NAME).exists():
-        there = read(folder)
-        if there.fingerprint != manifest.fingerprint:
-            raise ScreeningError(
-                f"{folder} holds a screening with other settings, and the two must not mix: "
-                f"{'; '.join(_differences(there, manifest))}. Give the same settings to go on with it, or another folder"
-            )
+        check(folder, manifest)
     else:
         make_folder(folder / "shards")
         with replacing(folder / NAME, durable=True) as temporary:
             temporary.write_text(json.dumps(manifest.to_dict(), indent=1) + "\n", encoding="utf-8")
     remove_temporaries(folder)
     remove_temporaries(folder / "shards")
+
+
+def check(folder: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Find that `folder` holds this screening.
+
+    Raises
+    ------
+    ScreeningError
+        It holds none, or another one; the message says what differs.
+    """
+    there = read(folder)
+    if there.fingerprint != manifest.fingerprint:
+        raise ScreeningError(
+            f"{folder} holds a screening with other settings, and the two must not mix: "
+            f"{'; '.join(_differences(there, manifest))}. Give the same settings to go on with it, or another folder"
+        )
 
 
 def _differences(there: Manifest, asked: Manifest) -> list[str]:
@@ -170,13 +181,13 @@ def _differences(there: Manifest, asked: Manifest) -> list[str]:
     said = [
         f"{key} is {_short(before.get(key))} there and {_short(after.get(key))} now"
         for key in keys
-        if not key.startswith("classes") and key not in ("listing", "model.digest")
+        if not key.startswith("classes") and key not in ("listing", "model.digest", "model.categories")
     ]
     if "model.digest" in keys:
         said.append("the model has other weights")
     if "listing" in keys:
         said.append("the data are others")
-    if any(key.startswith("classes") for key in keys):
+    if any(key.startswith("classes") or key == "model.categories" for key in keys):
         said.append("the classes are others")
     return said
 
