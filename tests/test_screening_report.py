@@ -166,6 +166,28 @@ class TestPage:
         text = report.write_report(copy, Planted()).read_text(encoding="utf-8")
         assert "No group of images was found" in text
 
+    @pytest.mark.parametrize(
+        ("low", "said"),
+        [
+            (0.3, "1 group has such an effect, but lies nearer than that: worth a look."),
+            (0.05, "No group has such an effect."),
+            (None, "No group has such an effect."),
+        ],
+    )
+    def test_nothing_flagged(self, folder, tmp_path, low, said):
+        copy = tmp_path / "screen"
+        shutil.copytree(folder, copy)
+        content = findings.read(copy)
+        for entry in content["findings"]:
+            entry["flagged"] = False
+            entry["effect"]["moved"]["low"] = None
+        content["findings"][0]["effect"]["moved"]["low"] = low
+        (copy / "findings.json").write_text(json.dumps(content))
+        text = " ".join(Reader(report.write_report(copy, Planted()).read_text(encoding="utf-8")).text)
+        text = " ".join(text.split())
+        assert "None is both far from the rest of its class (11 standard deviations or more) and sure to move more" in text
+        assert f"more than 5% of other images to it when it is pasted. {said} They are listed below." in text
+
     def test_without_findings_it_says_what_to_do(self, tmp_path):
         source = Planted(count=10)
         with pytest.raises(ScreeningError, match="no findings yet; start the screening again"):

@@ -92,6 +92,7 @@ def write_report(
         ranking=ranking[:_RANKED],
         beyond=max(0, len(ranking) - _RANKED),
         flagged=[entries for entries in ranking if entries[0]["flagged"]],
+        near=_count_effects(content),
         shown=shown,
         thumbnails={s["label"]: s["thumbnail"] for s in shown},
         shown_labels={section["label"] for section in shown},
@@ -111,6 +112,12 @@ def rank_classes(entries: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]
     for entry in entries:
         by_class.setdefault(entry["class"]["index"], []).append(entry)
     return list(by_class.values())
+
+
+def _count_effects(content: dict[str, Any]) -> int:
+    """How many groups surely move predictions, be they far from their class or not."""
+    lows = [entry["effect"]["moved"]["low"] for entry in content["findings"]]
+    return sum(low is not None and low > content["flag"]["effect"] for low in lows)
 
 
 def _environment() -> jinja2.Environment:
