@@ -185,7 +185,9 @@ class TestPage:
         (copy / "findings.json").write_text(json.dumps(content))
         text = " ".join(Reader(report.write_report(copy, Planted()).read_text(encoding="utf-8")).text)
         text = " ".join(text.split())
-        assert "None is both far from the rest of its class (11 standard deviations or more) and sure to move more" in text
+        assert (
+            "None is both far from the rest of its class (11 standard deviations or more) and sure to move more" in text
+        )
         assert f"more than 5% of other images to it when it is pasted. {said} They are listed below." in text
 
     def test_without_findings_it_says_what_to_do(self, tmp_path):
