@@ -182,6 +182,7 @@ class TestCsv:
             "path,label\npics/a.png,2\n\npics/b.png,0\n",
             "\ufefflabel,split,path\n2,x,pics/a.png\n0,y,pics/b.png\n",
             "pics/a.png,ox\npics/b.png,cat\n",
+            "pics/a.png,2.0\npics/b.png,0.0\n",
         ],
     )
     def test_path_and_label(self, tmp_path, text):
@@ -202,12 +203,33 @@ class TestCsv:
             ("a.png,3\n", "label 3, and the model's classes are 0 to 2"),
             ("a.png,bee\nb.png,cat\n", "none of the model's, or several: bee"),
             ("", "lists no images"),
+            ("filename,label\na.png,0\n", "line 1: the header is 'filename,label'; it must be path,label"),
+            (
+                "file,kind\na.png,0\nb.png,1\n",
+                "line 1 has the name 'kind', line 2 the index 0; where line 1 is a header, it must be path,label",
+            ),
+            ("a.png,0\n\nb.png,ox\n", "line 3 has the name 'ox', line 1 the index 0"),
         ],
     )
     def test_errors(self, tmp_path, text, message):
         (tmp_path / "list.csv").write_text(text)
         with pytest.raises(InputError, match=message):
             open_source(tmp_path / "list.csv", PREPROCESSING, Model(CLASSES, 3))
+
+    @pytest.mark.parametrize("written", ["{}", "{}.0"])
+    def test_indices_are_numbers_and_negative_ones_no_label(self, tmp_path, written):
+        labels = [*range(12), -1, -7]
+        lines = [f"{label}.png,{written.format(label)}" for label in labels]
+        (tmp_path / "list.csv").write_text("\n".join(lines))
+        for model in (Model((), 12), Model()):
+            source = open_source(tmp_path / "list.csv", PREPROCESSING, model)
+            assert [source.record(i).label for i in range(14)] == [*range(12), -1, -1]
+            assert [entry.index for entry in source.classes] == [*range(12)]
+
+    def test_names_of_the_model_may_be_numbers(self, tmp_path):
+        (tmp_path / "list.csv").write_text("a.png,two\nb.png,1\n")
+        source = open_source(tmp_path / "list.csv", PREPROCESSING, Model(("1", "two"), 2))
+        assert [source.record(i).label for i in range(2)] == [1, 0]
 
     def test_absent(self, tmp_path):
         with pytest.raises(InputError, match=r"absent\.csv cannot be read"):
@@ -232,6 +254,15 @@ class TestArchives:
             assert torch.equal(pickle.loads(pickle.dumps(source)).tensor(index), expected)
         assert len(open_source(tmp_path, PREPROCESSING, Model(CLASSES, 3))) == 4  # a folder of archives
         assert len(open_source(str(tmp_path / "a-0[0].tar"), PREPROCESSING, Model(CLASSES, 3))) == 3
+
+    def test_labels_that_are_none_or_of_two_kinds(self, tmp_path):
+        labels = {"a": b'{"label": 2.0}', "b": b'{"label": null}', "c": b'{"cls": -1}'}
+        members = [part for n, label in labels.items() for part in ((f"{n}.png", png(0)), (f"{n}.json", label))]
+        source = open_source(tar(tmp_path / "a.tar", members), PREPROCESSING, Model(CLASSES, 3))
+        assert [source.record(i).label for i in range(3)] == [2, -1, -1]
+        tar(tmp_path / "b.tar", [*members, ("d.png", png(0)), ("d.cls", b"ox")])
+        with pytest.raises(InputError, match=r"b\.tar::d\.png has the name 'ox', .*b\.tar::a\.png the index 2\.0$"):
+            open_source(tmp_path / "b.tar", PREPROCESSING, Model(CLASSES, 3))
 
     def test_names(self, tmp_path):
         for name in ("a1", "a2", "b1"):

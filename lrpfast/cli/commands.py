@@ -154,7 +154,8 @@ def plan(model: ModelOptions, engine: EngineOptions) -> None:
 _DATA = """\b
 DATA is one of
   a folder of class folders             each image belongs to the folder of the root it is below
-  a .csv or .tsv file                   of path and label; paths are relative to the file
+  a .csv or .tsv file                   of path and label; paths are relative to the file, a header must
+                                        be path,label; labels are all indices (negative: none) or all names
   .tar archives, in WebDataset's form   one, a folder of them, or 'train-{000..146}.tar'
   package.module:factory                a torch.utils.data.Dataset of (image or tensor, label)
 Classes are matched with the model's by name, else by WordNet id, else by their order.

@@ -32,6 +32,7 @@ from lrpfast.screening.schema import ClassInfo
 
 NAME = "samples.parquet"
 DAMAGED = -1  # the size of what cannot be read
+_INDEX = re.compile(r"([+-]?\d+)(?:\.0*)?")  # pandas writes integers as floats where one is missing
 _WORD_NET_ID = re.compile(r"n\d{8}")
 _BLOCK = 512  # of a tar archive
 _CHUNK = 2**20
@@ -90,12 +91,12 @@ def list_csv(path: Path, model: Model) -> Listing:
     """List a CSV file of path and label; paths are relative to its folder.
 
     A first line with the names `path` and `label` says which columns they are; else they are the first two. Labels are indices of
-    the model's outputs, or names of classes.
+    the model's outputs, or names of classes; a negative index is no label.
 
     Raises
     ------
     InputError
-        It cannot be read, a line has no label, or labels do not fit the model's classes.
+        It cannot be read, a line has no label, labels are neither all indices nor all names, or do not fit the model's classes.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -104,7 +105,10 @@ def list_csv(path: Path, model: Model) -> Listing:
         raise InputError(f"{path} cannot be read as a CSV file: {error}") from error
     head = [cell.strip().lower() for cell in rows[0]] if rows else []
     columns, first = ((head.index("path"), head.index("label")), 1) if {"path", "label"} <= {*head} else ((0, 1), 0)
-    paths, labels = [], []
+    known = {category.casefold() for category in model.categories}
+    if not first and "label" in head and "label" not in known:
+        raise InputError(f"{path}, line 1: the header is {','.join(rows[0])!r}; it must be path,label")
+    paths, labels, places = [], [], []
     for number, row in enumerate(rows[first:], first + 1):
         if not any(cell.strip() for cell in row):
             continue
@@ -112,9 +116,12 @@ def list_csv(path: Path, model: Model) -> Listing:
             raise InputError(f"{path}, line {number}: a path and a label are needed, got {','.join(row)!r}")
         paths.append(os.fsencode(row[columns[0]].strip()))
         labels.append(row[columns[1]].strip())
+        places.append(f"line {number}")
     if not paths:
         raise InputError(f"{path} lists no images")
-    return _labelled(str(path), paths, labels, model)
+    return _labelled(
+        str(path), paths, labels, places, model, advice="; where line 1 is a header, it must be path,label"
+    )
 
 
 def list_archives(pattern: str, model: Model) -> Listing:
@@ -144,7 +151,7 @@ def list_archives(pattern: str, model: Model) -> Listing:
         raise InputError(f"no images in the archives of {pattern}")
     if not any(labels):
         raise InputError(f"no sample in the archives of {pattern} has a label: no member .cls, and none in .json")
-    listing = _labelled(pattern, paths, labels, model)
+    listing = _labelled(pattern, paths, labels, [*map(os.fsdecode, paths)], model)
     table = listing.table
     for name, kind, column in zip(
         ("archive", "offset", "size"), (pa.binary(), pa.int64(), pa.int64()), zip(*places, strict=True), strict=True
@@ -280,20 +287,31 @@ def _content(file: IO[bytes], info: tarfile.TarInfo, length: int) -> bytes:
 def _json_label(content: bytes) -> str:
     try:
         fields = json.loads(content)
-        return str(next((fields[key] for key in ("label", "cls") if key in fields), ""))
+        found = next((fields[key] for key in ("label", "cls") if key in fields), None)
+        return "" if found is None else str(found)
     except (ValueError, TypeError):
         return ""
 
 
-def _labelled(origin: str, paths: Sequence[bytes], labels: Sequence[str], model: Model) -> Listing:
-    """Labels as a person wrote them: all indices, or all names; empty for what cannot be read."""
+def _labelled(
+    origin: str, paths: Sequence[bytes], labels: Sequence[str], places: Sequence[str], model: Model, advice: str = ""
+) -> Listing:
+    """Labels as a person wrote them, `places` where: all indices, or all names; empty for what cannot be read."""
     distinct = sorted({label for label in labels if label})
-    if not all(re.fullmatch(r"\d+", label) for label in distinct):
+    index = {label: int(match[1]) for label in distinct if (match := _INDEX.fullmatch(label))}
+    known = {category.casefold() for category in model.categories}
+    if not index or (len(index) < len(distinct) and all(label.casefold() in known for label in distinct)):
         return _named(origin, paths, labels, distinct, model)
-    highest = max(map(int, distinct))
+    if len(index) < len(distinct):
+        name, number = (next(i for i, x in enumerate(labels) if x and (x in index) is kind) for kind in (False, True))
+        raise InputError(
+            f"{origin}: labels must be all indices or all names; {places[name]} has the name {labels[name]!r}, {places[number]} the index "
+            f"{labels[number]}{advice}"
+        )
+    highest = max(index.values())
     if model.outputs is not None and highest >= model.outputs:
         raise InputError(f"{origin} has the label {highest}, and the model's classes are 0 to {model.outputs - 1}")
-    indices = [int(label) if label else -1 for label in labels]
+    indices = [max(index.get(label, -1), -1) for label in labels]
     return _listing(paths, indices, complete_classes({}, {*indices} - {-1}, model))
 
 
