@@ -188,6 +188,14 @@ class TestScreen:
             assert f"prediction = label: {share}\n" in result.stdout
             assert ("the model hardly ever predicts the label" in result.stderr) is (name == "wrong")
 
+    def test_of_data_without_labels_nothing_is_said_of_them(self, folder):
+        pictures(folder / "more", 40)
+        paths = sorted((folder / "more").rglob("*.png"))
+        (folder / "list.csv").write_text("".join(f"{path},-1\n" for path in paths))
+        result = screen("--target", "prediction", data="list.csv")
+        assert result.stdout.startswith("explained: 120 of 120 images")
+        assert "label" not in result.stdout + result.stderr
+
     def test_usage_errors(self, folder):
         for arguments in (("--pool", 0), ("--target", "x"), ("--engine", "cloud"), ("--stage", "x"), ("--workers", -1)):
             assert "Usage: " in screen(*arguments, status=2).stderr

@@ -43,7 +43,7 @@ class Summary:
     seconds
         What this run took, without compiling.
     agreement
-        The share of explained samples whose prediction is their label.
+        The share of explained samples with a label whose prediction it is; NaN where none has one.
     """
 
     samples: int

@@ -163,13 +163,14 @@ def write_skipped(folder: Path, infos: dict[int, ShardInfo]) -> list[Skipped]:
 
 
 def agreement(folder: Path, manifest: Manifest) -> float:
-    """The share of the explained samples whose prediction is their label; NaN without any."""
+    """The share of the explained samples with a label whose prediction it is; NaN without any."""
     right = total = 0
     for shard in range(manifest.shards):
         with contextlib.suppress(FileNotFoundError):
             found = pq.read_table(shard_path(folder, shard), columns=["label", "prediction"])
-            right += int((found["label"].to_numpy() == found["prediction"].to_numpy()).sum())
-            total += found.num_rows
+            label = found["label"].to_numpy()
+            right += int((label == found["prediction"].to_numpy()).sum())
+            total += int((label >= 0).sum())
     return right / total if total else float("nan")
 
 
