@@ -63,7 +63,7 @@ def capture(model: torch.nn.Module | ExportedProgram, inputs: tuple[torch.Tensor
         The model cannot be captured; the message names the place in the user's code.
     """
     if isinstance(model, torch.nn.Module):
-        _check_mode(model)
+        check_mode(model)
     try:
         with _source_lines_forgotten():
             exported = model if isinstance(model, ExportedProgram) else _export(model, _example_batch(inputs))
@@ -71,10 +71,11 @@ def capture(model: torch.nn.Module | ExportedProgram, inputs: tuple[torch.Tensor
     except LrpfastError:
         raise
     except Exception as error:
-        raise CaptureError(_explain_failure(model, inputs, error)) from error
+        raise CaptureError(explain_failure(model, inputs, error)) from error
 
 
-def _check_mode(model: torch.nn.Module) -> None:
+def check_mode(model: torch.nn.Module) -> None:
+    """Raise a CaptureError where a module normalises with the statistics of the batch."""
     for name, module in model.named_modules():
         batch_statistics = isinstance(module, torch.nn.modules.batchnorm._NormBase) and module.training
         if batch_statistics and (
@@ -233,7 +234,7 @@ def _owns_what_it_writes(node: fx.Node) -> bool:
     )
 
 
-def _explain_failure(
+def explain_failure(
     model: torch.nn.Module | ExportedProgram, inputs: tuple[torch.Tensor, ...], error: Exception
 ) -> str:
     """Say where in the user's code the capture failed, and why, without torch's pages of advice."""

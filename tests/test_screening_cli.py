@@ -131,6 +131,8 @@ class TestScreen:
             (("--classes", "names.txt"), "none of the model's, or several: ox"),
             (("--composite", "epsilon_plsu"), "epsilon_plsu.*epsilon_plus"),
             (("--device", "cuda:77"), "device 'cuda:77' cannot be used"),
+            (("--size", "20"), r"Sequential cannot be captured for inputs \[batch, 3, 20, 20\]: .*mat1 and mat2"),
+            (("--mean", "0.5", "--std", "0.5"), r"cannot be captured for inputs \[batch, 1, 16, 16\]: .*1 channels"),
             (("-o", "nets.py/out"), "cannot be used"),
             (("-o", "data/out"), "lies in the data"),
             (("--stage", "report"), "out holds no screening"),

@@ -19,7 +19,7 @@ from torch import nn
 
 import lrpfast
 from lrpfast import composites
-from lrpfast.errors import InputError, NumericsError, ScreeningError
+from lrpfast.errors import CaptureError, InputError, NumericsError, ScreeningError
 from lrpfast.images import Preprocessing
 from lrpfast.screening import explain_dataset, open_source, pooled, recipe, recipes, schema
 from lrpfast.screening import manifest as manifests
@@ -53,6 +53,15 @@ class Everywhere(torch.nn.Module):
     def forward(self, x):
         places = self.inner(x).relu().permute(0, 2, 3, 1).reshape(-1, 4)
         return self.head(places).reshape(-1, SIZE * SIZE, 3).mean(1)
+
+
+class Normed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.net = torch.nn.BatchNorm2d(3), make()
+
+    def forward(self, x):
+        return self.net(self.norm(x))
 
 
 class Scaled(torch.nn.Module):
@@ -521,6 +530,16 @@ class TestEngines:
         assert count == max(1, cpus - max(1, cpus // 8)) and count * slot["num_cpus"] + share <= cpus
         count, slot, share = _slots({"CPU": float(cpus), "GPU": 1.0}, None)
         assert (count, slot["num_gpus"]) == (1, 1.0) or cpus == 1
+
+    def test_a_model_in_training_mode_is_refused_and_left_as_it_is(self):
+        model = Normed().train()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(
+            CaptureError, match=r"the BatchNorm2d 'norm' is in training mode.*Call model\.eval\(\) first"
+        ):
+            a_recipe(model)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        a_recipe(model.eval())
 
     def test_recipes_travel(self):
         made = pickle.loads(pickle.dumps(a_recipe()))

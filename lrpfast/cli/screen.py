@@ -6,7 +6,6 @@ The folder is held for the whole command: two commands that screen into it at on
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import os
 import sys
@@ -137,7 +136,8 @@ def recipe_of(loaded: Loaded, model: ModelOptions, engine: EngineOptions, *, loc
     named = recipes.digest({"categories": loaded.categories})
     description = {"spec": loaded.spec, "digest": recipes.digest(content), "categories": named}
     example = torch.zeros(1, preprocessing.channels, *preprocessing.size)
-    outputs = recipes.count_outputs(logits_of(loaded, dataclasses.replace(engine, device=None), move=False), example)
+    run: Any = loaded.model if loaded.program is None else loaded.program
+    outputs = recipes.count_outputs(run, example, logits_of(loaded, engine, move=False))
     return recipes.Recipe(build, known, description, preprocessing, Model(loaded.categories, outputs))
 
 

@@ -21,8 +21,10 @@ from torch.export import ExportedProgram
 
 import lrpfast
 from lrpfast import composites
-from lrpfast.errors import InputError
+from lrpfast.capture import check_mode, explain_failure
+from lrpfast.errors import CaptureError, InputError, LrpfastError
 from lrpfast.explanation import FEATURES
+from lrpfast.export import SavedProgram
 from lrpfast.images import Preprocessing
 from lrpfast.models import black
 from lrpfast.rules import Rule
@@ -79,12 +81,14 @@ def recipe(
     ------
     InputError
         The model's output for a black image is not one vector of logits a sample, or the composite is as `describe` refuses it.
+    CaptureError
+        The model does not run on images of that size and number of channels, or is in training mode with batch norms.
     LrpfastError
         As `lrpfast.composites.get`.
     """
     ranged = isinstance(composite, str) and composites.needs_range(composite)
     chosen = composites.get(composite, **({"low": preprocessing.low, "high": preprocessing.high} if ranged else {}))
-    outputs = count_outputs(model, black(model, preprocessing))
+    outputs = count_outputs(model, black(model, preprocessing), model)
     build = functools.partial(_build, model, preprocessing, chosen, precision, backend)
     return Recipe(
         build,
@@ -121,10 +125,39 @@ def count_features(graph: fx.Graph, recorded: Sequence[str]) -> int:
     return int(outputs[len(outputs) - len(recorded) + recorded.index(FEATURES)].meta["val"].shape[1])
 
 
-def count_outputs(model: Callable[..., Any], example: torch.Tensor) -> int:
-    """How many classes a model tells apart. Raises `InputError` where its output is no vector a sample."""
-    with torch.no_grad():
-        output = logits(model(example))
+def count_outputs(
+    model: torch.nn.Module | ExportedProgram | SavedProgram, example: torch.Tensor, forward: Callable[..., Any]
+) -> int:
+    """How many classes a model tells apart.
+
+    Parameters
+    ----------
+    model
+        A module in eval mode, or what was made of one.
+    example
+        An input of one sample.
+    forward
+        Runs the model.
+
+    Raises
+    ------
+    CaptureError
+        It does not run on such an input, or has batch norms in training mode, which would change when it runs.
+    InputError
+        Its output is no vector a sample.
+    """
+    if isinstance(model, torch.nn.Module):
+        check_mode(model)
+    try:
+        with torch.no_grad():
+            output = logits(forward(example))
+    except LrpfastError:
+        raise
+    except Exception as error:
+        # It is a person's own code. A saved program says itself what it takes.
+        if isinstance(model, SavedProgram):
+            raise
+        raise CaptureError(explain_failure(model, (example,), error)) from error
     if output.dim() != 2 or output.shape[1] < 2:
         raise InputError(f"the model returns {list(output.shape)} for one image; a screening needs logits [1, classes]")
     return output.shape[1]
