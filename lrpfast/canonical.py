@@ -51,6 +51,12 @@ _IDENTITIES = {
     "feature_dropout", "alpha_dropout", "positive", "identity", "_assert_tensor_metadata",
 }  # fmt: skip
 
+# What draws random numbers: each call would have a map of its own.
+_DRAWS = {
+    "bernoulli", "bernoulli_", "exponential", "multinomial", "normal", "normal_", "poisson", "rand", "rand_like", "randint",
+    "randint_like", "randn", "randn_like", "randperm", "rrelu_with_noise", "uniform", "uniform_",
+}  # fmt: skip
+
 
 def canonicalise(program: Program, dtype: torch.dtype | None = None) -> Program:
     """Rewrite a captured program into canonical form.
@@ -119,11 +125,17 @@ def _emit(builder: Builder, node: fx.Node, env: dict[fx.Node, Any], dtype: torch
     args, kwargs = _cast_dtypes(args, kwargs, dtype)
     if name in _IDENTITIES:
         if name in ("alpha_dropout", "feature_dropout") and args[2]:
-            raise CaptureError(f"{describe(node)} is random: call model.eval() first")
+            raise _random(node)
         return _Parts([args[0], None]) if name == "native_dropout" else args[0]
+    if name in _DRAWS or (name == "rrelu" and argument(node, 3, "training", False)):
+        raise _random(node)
     handler = _HANDLERS.get(name)
     result = handler(builder, node, args, kwargs) if handler else builder.call(node.target, *args, **kwargs)
     return _cast_result(builder, result, dtype)
+
+
+def _random(node: fx.Node) -> CaptureError:
+    return CaptureError(f"{describe(node)} is random: call model.eval() first, or draw nothing in forward")
 
 
 def _cast_dtypes(args: tuple, kwargs: dict, dtype: torch.dtype | None) -> tuple[tuple, dict]:

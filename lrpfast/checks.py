@@ -41,6 +41,8 @@ def check_inputs(inputs: tuple[torch.Tensor, ...], parameters: Iterable[torch.Te
     weights = next((p for p in parameters if p.is_floating_point()), None)
     for index, tensor in enumerate(inputs):
         name = "the input" if len(inputs) == 1 else f"input {index}"
+        if tensor.layout is not torch.strided:
+            raise InputError(f"{name} is sparse ({tensor.layout}); give it as a dense tensor, such as input.to_dense()")
         if tensor.dim() < 2:
             raise InputError(
                 f"{name} has the shape {list(tensor.shape)}; dim 0 must be the batch, so at least 2 are needed"

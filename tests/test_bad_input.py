@@ -361,3 +361,30 @@ def test_a_parameter_that_comes_to_hold_nan():
         explainer._model[0].bias[1] = float("nan")
     with pytest.raises(errors.NumericsError, match=r"'0\.bias' of the model holds NaN"):
         explainer(X)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        nn.RReLU().train(),
+        Step(lambda h: h + torch.randn(h.shape[0], 4)),
+        Step(lambda h: h * torch.empty_like(h).bernoulli_(0.5)),
+        Step(torch.rand_like),
+    ],
+    ids=["rrelu", "randn", "bernoulli_", "rand_like"],
+)
+def test_random_numbers_in_forward(last: nn.Module):
+    model = nn.Sequential(nn.Linear(6, 4), last)
+    with pytest.raises(errors.CaptureError, match="is random"):
+        lrpfast.explain(model, torch.randn(3, 6))
+
+
+def test_a_random_slope_is_its_mean_in_eval_mode():
+    model = nn.Sequential(nn.Linear(6, 4), nn.RReLU()).eval()
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(lrpfast.explain(model, x).output, model(x).detach())
+
+
+def test_a_sparse_input(explainer: lrpfast.Explainer):
+    with pytest.raises(errors.InputError, match="the input is sparse"):
+        explainer(X.to_sparse())
