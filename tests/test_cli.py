@@ -161,7 +161,7 @@ class TestExplain:
 
     def test_target_by_index_by_name_and_several(self, folder):
         image = picture(folder / "cat.png")
-        (folder / "names.txt").write_text("cat\ndog\nox\nbee\nyak\n")
+        (folder / "names.txt").write_text("\ufeffcat\ndog\nox\nbee\nyak\n\n", encoding="utf-8")
         model, tensor = model_and_input(image)
         expected = lrpfast.explain(model, tensor, target=torch.tensor([[3, 0]])).relevance[0].numpy()
         result = explain(image, "--target", "Bee", "--classes", "names.txt")
@@ -317,6 +317,9 @@ class TestExplain:
             (("--device", "cuda:77"), "device 'cuda:77' cannot be used"),
             (("--device", "tpux"), "device 'tpux' cannot be used"),
             (("--classes", "absent.txt"), r"absent\.txt cannot be read"),
+            (("--classes", "three.txt"), "there are 3 names of classes, and cli_factories:make has 5 outputs"),
+            (("--classes", "gap.txt"), r"gap\.txt, line 2 is empty; the names of the classes stand one a line"),
+            (("--classes", "empty.txt"), r"the class names empty\.txt are none: the file is empty"),
             (("--checkpoint", "absent.pt"), r"no checkpoint absent\.pt"),
             (("--checkpoint", "other.pt"), r"other\.pt does not fit.*unexpected: other"),
             (("--mean", "0.5"), "mean.*std"),
@@ -328,6 +331,9 @@ class TestExplain:
     def test_errors_come_before_anything_is_written(self, folder, arguments, message):
         image = picture(folder / "cat.png")
         torch.save({"other": torch.zeros(1)}, "other.pt")
+        (folder / "three.txt").write_text("cat\ndog\nox\n")
+        (folder / "gap.txt").write_text("cat\n\ndog\nox\nbee\n")
+        (folder / "empty.txt").write_text("\n")
         result = explain(image, *arguments, status=2)
         assert re.search(f"^lrpfast: error: .*{message}", result.stderr, re.MULTILINE), result.stderr
         assert "Traceback" not in result.stderr and result.stdout == ""

@@ -130,6 +130,10 @@ class TestScreen:
             (("--data", "data/cat"), "holds no folders"),
             (("--classes", "names.txt"), "none of the model's, or several: ox"),
             (("--composite", "epsilon_plsu"), "epsilon_plsu.*epsilon_plus"),
+            (
+                ("--classes", "five.txt"),
+                "there are 5 names of classes, and nets:make has 3 outputs; give --classes a file",
+            ),
             (("--device", "cuda:77"), "device 'cuda:77' cannot be used"),
             (("--size", "20"), r"Sequential cannot be captured for inputs \[batch, 3, 20, 20\]: .*mat1 and mat2"),
             (("--mean", "0.5", "--std", "0.5"), r"cannot be captured for inputs \[batch, 1, 16, 16\]: .*1 channels"),
@@ -141,6 +145,7 @@ class TestScreen:
     def test_errors_come_before_anything_is_written(self, folder, arguments, message):
         (folder / "empty").mkdir()
         (folder / "names.txt").write_text("cat\ndog\nbee\n")
+        (folder / "five.txt").write_text("cat\ndog\nox\nbee\nyak\n")
         stages = () if "--stage" in arguments else ("explain",)
         result = screen(*arguments, status=2, stages=stages)
         assert re.search(f"^lrpfast: error: .*{message}", result.stderr, re.MULTILINE), result.stderr

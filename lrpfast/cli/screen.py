@@ -138,6 +138,7 @@ def recipe_of(loaded: Loaded, model: ModelOptions, engine: EngineOptions, *, loc
     example = torch.zeros(1, preprocessing.channels, *preprocessing.size)
     run: Any = loaded.model if loaded.program is None else loaded.program
     outputs = recipes.count_outputs(run, example, logits_of(loaded, engine, move=False))
+    setup.check_categories(loaded, outputs)
     return recipes.Recipe(build, known, description, preprocessing, Model(loaded.categories, outputs))
 
 

@@ -96,6 +96,8 @@ def make_explainer(
     ------
     ModelError
         It is a saved explanation, which is compiled already.
+    InputError
+        There are names of classes, and more or fewer than the model has outputs.
     LrpfastError
         As `lrpfast.Explainer`.
     """
@@ -108,17 +110,19 @@ def make_explainer(
     elif options.device is not None:
         raise ModelError(f"{loaded.spec} was exported for a device; leave --device out")
     example = models.black(model, loaded.preprocessing)
-    return (
-        lrpfast.Explainer(
-            model,
-            example,
-            composite=composite,
-            precision=options.precision,
-            backend=options.backend or "auto",
-            record=record,
-        ),
+    explainer = lrpfast.Explainer(
+        model,
         example,
+        composite=composite,
+        precision=options.precision,
+        backend=options.backend or "auto",
+        record=record,
     )
+    outputs: Any = explainer.program.graph.output_node().args[0]
+    shape = outputs[0].meta["val"].shape
+    if len(shape) == 2:
+        check_categories(loaded, shape[1])
+    return explainer, example
 
 
 def make_runnable(loaded: models.Loaded, options: EngineOptions) -> tuple[Any, torch.device, torch.dtype]:
@@ -138,12 +142,30 @@ def make_runnable(loaded: models.Loaded, options: EngineOptions) -> tuple[Any, t
     if fixed:
         raise ModelError(f"{loaded.spec} is a saved explanation, compiled already; leave {', '.join(fixed)} out")
     program = loaded.program
+    check_categories(loaded, program.metadata["classes"])
     return program, models.like(program.exported).device, getattr(torch, program.metadata["dtype"])
+
+
+def check_categories(loaded: models.Loaded, outputs: int) -> None:
+    """Raise an `InputError` where the names of the classes, if there are any, are not as many as the model's outputs."""
+    if loaded.categories and len(loaded.categories) != outputs:
+        raise InputError(
+            f"there are {len(loaded.categories)} names of classes, and {loaded.spec} has {outputs} outputs; give --classes a file with one "
+            "name a line, in the order of the outputs"
+        )
 
 
 def _read_categories(path: Path) -> tuple[str, ...]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Without the mark that some editors put before the first name.
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the class names {path} cannot be read: {error}") from error
-    return tuple(line.strip() for line in lines)
+    names = tuple(line.strip() for line in lines)
+    if not names:
+        raise InputError(f"the class names {path} are none: the file is empty")
+    if "" in names:
+        raise InputError(
+            f"{path}, line {names.index('') + 1} is empty; the names of the classes stand one a line, in the order of the outputs"
+        )
+    return names
