@@ -298,6 +298,7 @@ class TestVerify:
         assert [int(row["rank"]) for row in rows] == [entry["rank"] for entry in entries]
         assert float(rows[0]["moved_low"]) == entries[0]["effect"]["moved"]["low"]
         assert rows[0]["class_name"] == "<b>right</b>"
+        assert [int(row["group"]) for row in rows] == [entry["group"] for entry in entries]
         assert [row["told_by"] for row in rows] == [entry["told_by"] for entry in entries]
         told = {(entry["class"]["index"], entry["size"]): entry["told_by"] for entry in entries}
         assert told[1, 8] == "maps" and told[0, 10] == "features"

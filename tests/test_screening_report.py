@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import lrpfast.screening
+from lrpfast.cli import screen
 from lrpfast.errors import ScreeningError
 from lrpfast.screening import embed, findings, report
 from tests.screening_planted import Planted, model, screening
@@ -61,10 +62,40 @@ def decoded(uri: str) -> Image.Image:
 
 
 class TestPage:
-    def test_it_opens_with_the_answer(self, page):
+    def test_it_opens_with_the_answer(self, folder, page, capsys):
         text = " ".join(" ".join(Reader(page).text).split())
         assert "1 of 2 classes rests on something that a small group of images shares" in text
         assert "in 8 of its 60 images the model looks at one place" in text
+        moved = report.percent(findings.read(folder)["findings"][0]["effect"]["moved"]["value"])
+        told = f"{moved} more of them to “ <b>right</b> ” than the same place of the class’s other images does."
+        assert told.replace(" ", "") in text.replace(" ", "")
+        assert "Samples 120 Classes" in text
+        screen._tell_findings(lrpfast.screening.verify(folder, Planted(), model), Planted())
+        said = capsys.readouterr().out
+        assert said.startswith("suspicious: 1 group in 1 class\n")
+        assert f"moves {moved} more of other images to this class, when it is pasted, than the same place" in said
+
+    def test_groups_have_the_number_of_the_findings(self, folder, tmp_path):
+        copy = tmp_path / "screen"
+        shutil.copytree(folder, copy)
+        content = findings.read(copy)
+        content["findings"].reverse()
+        (copy / "findings.json").write_text(json.dumps(content))
+        page = report.write_report(copy, Planted()).read_text(encoding="utf-8")
+        by_class = report.rank_classes(content["findings"])
+        numbers = [[entry["group"] for entry in entries] for entries in by_class]
+        assert [int(number) for number in re.findall(r"Group (\d+): ", page)] == sum(numbers, [])
+        assert numbers != [[*range(len(own))] for own in numbers]
+        data = json.loads(next(text for text in Reader(page).text if text.startswith("[{")))
+        assert [plot["numbers"] for plot in data] == numbers
+
+    def test_it_says_how_many_images_were_skipped(self, tmp_path):
+        source = Planted()
+        folder = screening(tmp_path, source, skipped=(3, 5))
+        lrpfast.screening.analyse(folder)
+        lrpfast.screening.verify(folder, source, model)
+        text = report.write_report(folder, source).read_text(encoding="utf-8")
+        assert "120, of which 2 could not be read or explained: skipped.jsonl says why" in text
 
     def test_an_answer_that_no_map_shows(self, folder, tmp_path):
         copy = tmp_path / "screen"

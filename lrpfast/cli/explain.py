@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from lrpfast import images as image_files
 from lrpfast import viz
 from lrpfast.cli import setup
-from lrpfast.cli.names import unique_stems
+from lrpfast.cli.names import count, unique_stems
 from lrpfast.cli.options import EngineOptions, ModelOptions
 from lrpfast.errors import InputError, LrpfastError, NumericsError
 from lrpfast.files import check_writable, make_folder
@@ -161,7 +161,7 @@ def run(
                 say.failure(outcome)
             progress.advance(task)
     if failed:
-        click.echo(f"lrpfast: {failed} of {len(files)} images failed", err=True)
+        click.echo(f"lrpfast: {failed} of {count(len(files), 'image')} failed", err=True)
     return failed
 
 

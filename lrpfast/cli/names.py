@@ -42,3 +42,8 @@ def _stem(file: Path, level: int) -> str:
     parts = [*file.absolute().parts[1:-1]][-folders:] if folders else []
     name = "-".join([*parts, file.stem, *([file.suffix[1:]] if with_suffix else [])])
     return os.fsencode(name)[-_STEM_BYTES:].decode(errors="ignore")
+
+
+def count(number: int, one: str, several: str = "") -> str:
+    """Say a number of things: 1 image, 1,000 images."""
+    return f"{number:,} {one if number == 1 else several or f'{one}s'}"

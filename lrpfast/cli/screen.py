@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lrpfast import models, screening
 from lrpfast.cli import setup
+from lrpfast.cli.names import count
 from lrpfast.cli.options import EngineOptions, ModelOptions
 from lrpfast.errors import InputError, ScreeningError
 from lrpfast.files import check_writable
@@ -67,7 +68,7 @@ def run(
     with manifest.locked(output):
         if "explain" in stages:
             size = batch_size or _BATCH.get(setup.device_of(engine).type, _BATCH["cpu"])
-            click.echo(f"{len(source):,} images in {data}", err=True)
+            click.echo(f"{count(len(source), 'image')} in {data}", err=True)
             summary = screening.explain_dataset(
                 recipe, source, output, target=target, seed=seed, pool=pool, batch_size=size, shard_size=shard_size,
                 workers=workers, engine=runner,
@@ -213,15 +214,18 @@ def _classes(terminal: Console, what: str) -> Iterator[Callable[[int, int], None
 
 def _tell_findings(found: Sequence[Any], source: Any) -> None:
     """Name the first findings; the report has all of them."""
+    from lrpfast.screening.report import percent
+
     flagged = [finding for finding in found if finding.flagged]
     names = {entry.index: entry.name for entry in source.classes}
-    groups, classes = len(flagged), len({finding.label for finding in flagged})
-    click.echo(f"suspicious: {groups} group{'s' * (groups != 1)} in {classes} class{'es' * (classes != 1)}")
+    classes = len({finding.label for finding in flagged})
+    click.echo(f"suspicious: {count(len(flagged), 'group')} in {count(classes, 'class', 'classes')}")
     for finding in flagged[:_NAMED]:
         moved = finding.effect.moved.value
+        name, images = names.get(finding.label, finding.label), count(len(finding.sample), "image")
         click.echo(
-            f"  {names.get(finding.label, finding.label)}: {finding.group.size} of {len(finding.sample)} images; what they have in common "
-            f"moves {moved:.0%} of other images to this class"
+            f"  {name}: {finding.group.size} of {images}; what they have in common "
+            f"moves {percent(moved)} more of other images to this class, when it is pasted, than the same place of the class's others"
         )
 
 
@@ -229,7 +233,7 @@ def _tell(summary: Any, output: Path, classes: int) -> None:
     explained = summary.samples - len(summary.skipped)
     now = summary.samples - summary.earlier
     speed = f" ({now:,} now, {now / summary.seconds:.3g} images/s)" if now else " (all by earlier runs)"
-    click.echo(f"explained: {explained:,} of {summary.samples:,} images{speed}")
+    click.echo(f"explained: {explained:,} of {count(summary.samples, 'image')}{speed}")
     if summary.skipped:
         click.echo(f"skipped: {len(summary.skipped):,}, listed in {output / 'skipped.jsonl'}")
     if summary.agreement == summary.agreement:  # there are some

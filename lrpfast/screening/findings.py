@@ -176,7 +176,7 @@ def _entry(rank: int, finding: Finding, names: dict[int, ClassInfo]) -> dict[str
 
 _ESTIMATES = ("score_fall", "random_fall", "occlusion", "pasted", "control", "moved")
 _COLUMNS = [
-    "rank", "flagged", "class_index", "class_name", "word_net_id", "size", "class_size", "share", "suspicion", "distance",
+    "rank", "flagged", "class_index", "class_name", "word_net_id", "group", "size", "class_size", "share", "suspicion", "distance",
     "told_by", *(f"{name}{end}" for name in _ESTIMATES for end in ("", "_low", "_high")), "members_tried", "recipients", "example",
 ]  # fmt: skip
 
@@ -187,8 +187,8 @@ def _row(entry: dict[str, Any]) -> list[Any]:
     kind = entry["class"]
     example = entry["examples"][0]["path"] if entry["examples"] else ""
     return [
-        entry["rank"], entry["flagged"], kind["index"], kind["name"], kind["word_net_id"] or "", entry["size"],
-        entry["class_size"], entry["share"], entry["suspicion"]["total"], entry["distance"], entry["told_by"], *estimates,
+        entry["rank"], entry["flagged"], kind["index"], kind["name"], kind["word_net_id"] or "", entry["group"],
+        entry["size"], entry["class_size"], entry["share"], entry["suspicion"]["total"], entry["distance"], entry["told_by"], *estimates,
         effect["members"], effect["recipients"], example,
     ]  # fmt: skip
 

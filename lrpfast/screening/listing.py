@@ -342,8 +342,9 @@ def _indices(origin: str, names: Sequence[str], model: Model) -> dict[str, int]:
         ids = _imagenet_ids()
         if ids and all(name in ids for name in names):
             return {name: ids[name] for name in names}
+    classes = "1 class" if len(names) == 1 else f"{len(names)} classes"
     raise InputError(
-        f"{origin} has {len(names)} classes ({_some(names)}) and the model has {model.outputs} outputs: name the outputs as the classes "
+        f"{origin} has {classes} ({_some(names)}) and the model has {model.outputs} outputs: name the outputs as the classes "
         "are named, in a file with one name a line, and give it as --classes"
     )
 

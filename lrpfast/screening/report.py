@@ -96,6 +96,7 @@ def write_report(
         shown=shown,
         thumbnails={s["label"]: s["thumbnail"] for s in shown},
         shown_labels={section["label"] for section in shown},
+        skipped=content["samples"] - store.columns().num_rows,
         quiet=content["classes_analysed"] - len(ranking),
         note=note,
         data=[section["plot"] for section in shown],
@@ -128,12 +129,13 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "nats": _nats, "bar": _bar}
-    environment.filters["shown"] = lambda value, form: _percent(value) if form == "percent" else _nats(value)
+    environment.filters |= {"percent": percent, "nats": _nats, "bar": _bar}
+    environment.filters["shown"] = lambda value, form: percent(value) if form == "percent" else _nats(value)
     return environment
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """A share as the page says it: 31%, 5.2%; a dash where it is not known."""
     if share is None:
         return "–"
     text = f"{100 * share:.0f}%" if abs(share) >= 0.0995 else f"{100 * share:.2g}%"
@@ -211,6 +213,7 @@ def _plot(
     names = {entry.index: entry.name for entry in store.manifest.classes}
     return {
         "label": label,
+        "numbers": [entry["group"] for entry in entries],
         "x": [round(float(x), 4) for x in places[:, 0]],
         "y": [round(float(y), 4) for y in places[:, 1]],
         "cluster": analysis.clusters[chosen].tolist(),

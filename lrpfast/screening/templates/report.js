@@ -32,7 +32,7 @@
     const marks = order.map((i) => {
       const inGroup = data.group[i] >= 0, colour = colours[data.cluster[i] % colours.length];
       const mark = element("circle", { r: inGroup ? 5 : 3, fill: colour, "fill-opacity": inGroup ? 1 : 0.45, stroke: data.group[i] === 0 ? "#c62828" : inGroup ? "#1c2330" : "none", "stroke-width": 2 }, svg);
-      mark.addEventListener("pointermove", (event) => tell(event, [data.name[i], `predicted: ${data.prediction[i]}`, `cluster ${data.cluster[i] + 1}` + (inGroup ? `, group ${data.group[i] + 1}` : ""), `${Math.round(100 * data.score[i])}% as clear as a typical image of the farthest group`].join("\n")));
+      mark.addEventListener("pointermove", (event) => tell(event, [data.name[i], `predicted: ${data.prediction[i]}`, `cluster ${data.cluster[i] + 1}` + (inGroup ? `, group ${data.numbers[data.group[i]]}` : ""), `${Math.round(100 * data.score[i])}% as clear as a typical image of the farthest group`].join("\n")));
       mark.addEventListener("pointerleave", hush);
       return [mark, data.x[i], data.y[i]];
     });
