@@ -122,6 +122,37 @@ def torchvision_network(name: str, *, size: int | None = None, dtype: torch.dtyp
     return copy.deepcopy(_network(name, FAMILIES.get(name, 64) if size is None else size)).to(dtype)
 
 
+class SmallNet(nn.Module):
+    """ResNet's layers, then AlexNet's: a strided stem, residual blocks of both kinds, pools, biases, dropout, dense layers."""
+
+    def __init__(self) -> None:
+        from torchvision.models.resnet import BasicBlock, Bottleneck
+
+        super().__init__()
+        projection = nn.Sequential(nn.Conv2d(12, 16, 1, stride=2, bias=False), nn.BatchNorm2d(16))
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 12, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(12), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+        )
+        self.blocks = nn.Sequential(BasicBlock(12, 12), BasicBlock(12, 16, 2, projection), Bottleneck(16, 4))
+        self.features = nn.Sequential(
+            nn.Conv2d(16, 20, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(20, 16, 3, padding=1), nn.ReLU()
+        )
+        self.pool = nn.AdaptiveAvgPool2d(2)  # 3 x 3 by windows that overlap
+        self.classifier = nn.Sequential(
+            nn.Dropout(), nn.Linear(64, 32), nn.ReLU(), nn.Dropout(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.pool(self.features(self.blocks(self.stem(x)))).flatten(1))
+
+
+def small_network(size: int) -> nn.Module:
+    """A `SmallNet` in eval mode with random weights and measured batch-norm statistics, for images of `size` pixels a side."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return with_statistics(SmallNet(), [images(16, size, seed=seed) for seed in (101, 102, 103)])
+
+
 def rectified(model: nn.Module) -> nn.Module:
     """Replace each shared or in-place ReLU of a ResNet block by one module a call, in place; return `model`.
 

@@ -34,11 +34,12 @@ COMPOSITES = (
 
 def zennit_composite(name: str, model: nn.Module, low: Any = None, high: Any = None) -> Any:
     """zennit's composite of that name, with the canonizer that zennit has for `model`."""
-    from torchvision.models.resnet import ResNet
+    from torchvision.models.resnet import BasicBlock, Bottleneck
     from zennit.composites import COMPOSITES as registered
     from zennit.torchvision import ResNetCanonizer, VGGCanonizer
 
-    canonizer = ResNetCanonizer() if isinstance(model, ResNet) else VGGCanonizer()
+    has_blocks = any(isinstance(module, (BasicBlock, Bottleneck)) for module in model.modules())
+    canonizer = ResNetCanonizer() if has_blocks else VGGCanonizer()
     options = {"low": low, "high": high} if name == "epsilon_gamma_box" else {}
     return registered[name](canonizers=[canonizer], **options)
 
