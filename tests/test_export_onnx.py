@@ -11,7 +11,7 @@ from torch import nn
 
 import lrpfast
 from lrpfast.errors import InputError, OutputError, UnsupportedOperationError
-from tests.networks import images, torchvision_network, with_statistics
+from tests.networks import images, small_network, torchvision_network, with_statistics
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -68,19 +68,16 @@ def check_file(path: Path) -> None:
 
 
 class Branches(nn.Module):
-    """Convolution and ReLU, then each branch on what they give (or a crop of it) and a ReLU, then a dense layer on all.
+    """Convolution and ReLU, then each branch on what they give and a ReLU, then a dense layer on all.
 
     An export takes seconds, so many layers share one: a branch that went wrong would put the map off by far more than the
     tolerance.
     """
 
-    def __init__(
-        self, branches: list[tuple[nn.Module, tuple[int, int] | None]], size: tuple[int, int], channels: int
-    ) -> None:
+    def __init__(self, branches: list[nn.Module], size: tuple[int, int], channels: int) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1), nn.ReLU())
-        self.branches = nn.ModuleList(branch for branch, _ in branches)
-        self.crops = [crop for _, crop in branches]
+        self.branches = nn.ModuleList(branches)
         self.head = nn.Identity()
         with torch.no_grad():
             features = self(images(1, size, channels=channels)).shape[1]
@@ -88,21 +85,29 @@ class Branches(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x)
-        results = []
-        for branch, crop in zip(self.branches, self.crops, strict=True):
-            cropped = x if crop is None else x[:, :, : crop[0], : crop[1]]
-            results.append(torch.relu(branch(cropped)).flatten(1))
-        return self.head(torch.cat(results, 1))
+        return self.head(torch.cat([torch.relu(branch(x)).flatten(1) for branch in self.branches], 1))
 
 
-def network(*layers: nn.Module, size: int | tuple[int, int], crops: tuple = (None,), channels: int = 4) -> nn.Module:
-    """A network of `Branches`: each layer on the whole and on each crop."""
+class Cropped(nn.Module):
+    """A layer on all but the last row and column."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x[:, :, :-1, :-1])
+
+
+def network(*layers: nn.Module, size: int | tuple[int, int], channels: int = 4) -> nn.Module:
+    """A network of `Branches`."""
     torch.manual_seed(5)
     size = (size, size) if isinstance(size, int) else size
-    branches = [(copy.deepcopy(layer), crop) for layer in layers for crop in crops]
-    return with_statistics(Branches(branches, size, channels), [images(8, size, channels=channels, seed=1)])
+    model = Branches([copy.deepcopy(layer) for layer in layers], size, channels)
+    return with_statistics(model, [images(8, size, channels=channels, seed=1)])
 
 
+@pytest.mark.parametrize("all_sizes", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(
     ("stride", "composite"),
     [
@@ -111,23 +116,29 @@ def network(*layers: nn.Module, size: int | tuple[int, int], crops: tuple = (Non
         for index, composite in enumerate(COMPOSITES)
     ],
 )
-def test_convolutions(stride: int, composite: str, tmp_path: Path) -> None:
-    """Stride x dilation x groups, each on features of an odd and of an even height and width."""
-    convolutions = [
-        nn.Conv2d(8, 8 if groups == 8 else 6, (3, 2), stride=stride, padding=1, dilation=dilation, groups=groups)
-        for dilation, groups in itertools.product((1, 2), (1, 2, 8))
-    ]
-    model = network(*convolutions, size=(12, 14), crops=(None, (11, 13)))
+def test_convolutions(stride: int, composite: str, all_sizes: bool, tmp_path: Path) -> None:
+    """Stride x dilation x groups, on features of an even and of an odd height and width: each dilation and each count of groups on both."""
+    layers: list[nn.Module] = []
+    for (row, dilation), (column, groups) in itertools.product(enumerate((1, 2)), enumerate((1, 2, 8))):
+        outputs = 8 if groups == 8 else 6
+        layer = nn.Conv2d(8, outputs, (3, 2), stride=stride, padding=1, dilation=dilation, groups=groups)
+        both = [layer, Cropped(layer)]
+        layers += both if all_sizes else [both[(row + column) % 2]]
+    model = network(*layers, size=(12, 14))
     inputs = images(3, (12, 14), channels=4, seed=2)
     explainer = export(model, inputs, composite, tmp_path / "program.onnx")
     check_file(tmp_path / "program.onnx")
     check(explainer, tmp_path / "program.onnx", [inputs, inputs[:1]], 5)
 
 
+# Between them and `COMPOSITES`, which other tests export, all operators that a composite makes of convolutions and dense layers.
+_OWN_OPERATORS = ("overview", "excitation_backprop", "beta_smooth", "gamma")
+
+
 @pytest.mark.parametrize(
     "composite",
     [
-        pytest.param(name, marks=[] if name in ("overview", "excitation_backprop", "beta_smooth") else pytest.mark.slow)
+        pytest.param(name, marks=[] if name in _OWN_OPERATORS else pytest.mark.exhaustive)
         for name in lrpfast.composites.names()
     ],
 )
@@ -140,14 +151,12 @@ def test_composites(composite: str, tmp_path: Path) -> None:
 
 
 LAYERS: dict[str, list[nn.Module]] = {
-    "max_pools": [
+    "pools_and_normalisations": [
         nn.MaxPool2d(2),
         nn.MaxPool2d(3, stride=2, padding=1),
         nn.MaxPool2d(3, stride=2, ceil_mode=True),
         nn.MaxPool2d(2, stride=1, dilation=2),
         nn.AdaptiveMaxPool2d(1),
-    ],
-    "avg_pools": [
         nn.AvgPool2d(2),
         nn.AvgPool2d(3, stride=2, padding=1),
         nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False),
@@ -155,25 +164,27 @@ LAYERS: dict[str, list[nn.Module]] = {
         nn.AdaptiveAvgPool2d(1),
         nn.AdaptiveAvgPool2d((3, 5)),
         nn.AdaptiveAvgPool2d(16),
+        nn.GroupNorm(2, 8),
+        nn.BatchNorm2d(8),
+        nn.InstanceNorm2d(8, affine=True),
     ],
-    "transposed_convolutions": [
+    "transposed_convolutions_paddings_and_resampling": [
         nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1, output_padding=1),
         nn.ConvTranspose2d(8, 8, 2, stride=2, groups=4, dilation=2),
         nn.ConvTranspose2d(8, 3, 3, bias=False),
-    ],
-    "paddings": [
         nn.Conv2d(8, 4, 3, padding=1, padding_mode="reflect"),
         nn.Conv2d(8, 4, 3, padding=1, padding_mode="circular"),
         nn.Conv2d(8, 4, 3, padding=1, padding_mode="replicate"),
         nn.Conv2d(8, 4, 3, padding="same", dilation=2),
         nn.ZeroPad2d(1),
+        nn.Upsample(scale_factor=2),
+        nn.Upsample(scale_factor=2, mode="bilinear"),
+        nn.PixelShuffle(2),
     ],
-    "resampling": [nn.Upsample(scale_factor=2), nn.Upsample(scale_factor=2, mode="bilinear"), nn.PixelShuffle(2)],
     "activations": [
         nn.Sequential(nn.Conv2d(8, 3, 1), activation)
         for activation in (nn.GELU(), nn.SiLU(), nn.Hardswish(), nn.LeakyReLU(0.1), nn.Tanh(), nn.ReLU6(), nn.ELU())
     ],
-    "normalisations": [nn.GroupNorm(2, 8), nn.BatchNorm2d(8), nn.InstanceNorm2d(8, affine=True)],
 }
 
 
@@ -209,23 +220,20 @@ def test_recorded_layers_are_outputs(tmp_path: Path) -> None:
     assert len(session_of(tmp_path / "program.onnx").get_outputs()) == 3
 
 
-# One network with one composite; the others on request.
-_NETWORKS = {("resnet18", "epsilon_plus_flat")}
-
-
 @pytest.mark.parametrize(
     ("name", "composite"),
     [
-        pytest.param(n, c, marks=pytest.mark.slow if (n, c) in _NETWORKS else pytest.mark.exhaustive)
-        for n in ("resnet18", "vgg11_bn")
+        pytest.param(n, c, marks=[] if (n, c) == ("small", "epsilon_plus_flat") else pytest.mark.exhaustive)
+        for n in ("small", "resnet18", "vgg11_bn")
         for c in COMPOSITES
     ],
 )
 def test_networks(name: str, composite: str, tmp_path: Path) -> None:
     inputs = images(2, 64, seed=7)
-    explainer = export(torchvision_network(name), inputs, composite, tmp_path / "program.onnx")
+    model = small_network(64) if name == "small" else torchvision_network(name)
+    explainer = export(model, inputs, composite, tmp_path / "program.onnx")
     check_file(tmp_path / "program.onnx")
-    check(explainer, tmp_path / "program.onnx", [inputs, inputs[:1]], 1000)
+    check(explainer, tmp_path / "program.onnx", [inputs, inputs[:1]], 10 if name == "small" else 1000)
 
 
 def test_errors(tmp_path: Path) -> None:
