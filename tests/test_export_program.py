@@ -1,5 +1,6 @@
 """The joint program outside of the explainer: called as a graph, compiled, saved, and loaded where no model is known."""
 
+import functools
 import json
 import os
 import subprocess
@@ -52,11 +53,16 @@ COMPOSITES = (
 )  # fmt: skip
 
 
-def explainer_of(composite: str, model: nn.Module | None = None, **options: object) -> lrpfast.Explainer:
+@functools.cache
+def exported() -> torch.export.ExportedProgram:
+    return torch.export.export(small_net(), (INPUTS,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+
+
+@functools.cache
+def explainer_of(composite: str, record: tuple[str, ...] = ()) -> lrpfast.Explainer:
     bounds = {"low": LOW, "high": HIGH} if lrpfast.composites.needs_range(composite) else {}
-    return lrpfast.Explainer(
-        model or small_net(), INPUTS, composite=lrpfast.composites.get(composite, **bounds), **options
-    )
+    rules = lrpfast.composites.get(composite, **bounds)
+    return lrpfast.Explainer(exported(), INPUTS, composite=rules, record=record)
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
@@ -104,9 +110,13 @@ def test_program_takes_any_batch(batch: int) -> None:
     close(relevance, explanation.relevance)
 
 
-@pytest.mark.slow
+# Each is compiled as C++ for long, and `test_compile` of tests/test_ops_declared.py has all operators: one, the rest on request.
 @pytest.mark.parametrize(
-    "composite", ["epsilon_plus_flat", "epsilon_gamma_box", "epsilon_alpha2_beta1_flat", "guided_backprop"]
+    "composite",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "epsilon_gamma_box" else pytest.mark.exhaustive)
+        for name in ("epsilon_plus_flat", "epsilon_gamma_box", "epsilon_alpha2_beta1_flat", "guided_backprop")
+    ],
 )
 def test_program_compiles_as_one_graph(composite: str) -> None:
     torch.compiler.reset()
@@ -119,28 +129,34 @@ def test_program_compiles_as_one_graph(composite: str) -> None:
                 close(result, expected)
 
 
-# What a process does that has neither the model nor this package's tests: torch alone, then lrpfast.load.
+# What a process does that has neither the models nor this package's tests: torch alone, then lrpfast.load.
 READER = """
 import sys
 import torch
 folder = sys.argv[1]
-saved = torch.load(folder + "/expected.pt")
-program = torch.export.load(folder + "/program.pt2").module()
+batches = torch.load(folder + "/batches.pt")
+results = {name: {} for name in batches}
+for name, saved in batches.items():
+    program = torch.export.load(f"{folder}/{name}.pt2").module()
+    results[name]["torch"] = [program(inputs, target)[1] for inputs, target in saved]
 assert "lrpfast" not in sys.modules
-results = {"torch": [program(inputs, target)[1] for inputs, target in saved]}
 import lrpfast
-loaded = lrpfast.load(folder + "/program.pt2")
-results["lrpfast"] = [loaded(inputs, target=target).relevance for inputs, target in saved]
-results["metadata"] = loaded.metadata
+for name, saved in batches.items():
+    loaded = lrpfast.load(f"{folder}/{name}.pt2")
+    results[name]["lrpfast"] = [loaded(inputs, target=target).relevance for inputs, target in saved]
+    results[name]["metadata"] = loaded.metadata
 assert not any(name.split(".")[0] in ("tests", "torchvision") for name in sys.modules)
 torch.save(results, folder + "/results.pt")
 """
 
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
-def explained_elsewhere(explainer: lrpfast.Explainer, folder: Path, batches: list[torch.Tensor], classes: int) -> dict:
-    explainer.save(folder / "program.pt2", extra={"classes": ["a", "b"], "size": 17})
-    saved = [(batch, torch.arange(len(batch)) % classes) for batch in batches]
-    torch.save(saved, folder / "expected.pt")
+
+def explained_elsewhere(saved: dict[str, tuple[lrpfast.Explainer, Batches]], folder: Path) -> dict[str, dict]:
+    """What one other process makes of the programs saved, by name: relevance for each batch and its targets, metadata."""
+    for name, (explainer, _) in saved.items():
+        explainer.save(folder / f"{name}.pt2", extra={"classes": ["a", "b"], "size": 17})
+    torch.save({name: batches for name, (_, batches) in saved.items()}, folder / "batches.pt")
     (folder / "reader.py").write_text(READER)
     command = [sys.executable, str(folder / "reader.py"), str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -149,37 +165,42 @@ def explained_elsewhere(explainer: lrpfast.Explainer, folder: Path, batches: lis
     return torch.load(folder / "results.pt")
 
 
-@pytest.mark.parametrize("composite", ["epsilon_plus_flat", "epsilon_gamma_box", "excitation_backprop"])
-def test_saved_program_explains_in_a_process_without_the_model(composite: str, tmp_path: Path) -> None:
-    explainer = explainer_of(composite)
-    batches = [images(batch, 17, seed=batch) for batch in (3, 1, 4)]
-    results = explained_elsewhere(explainer, tmp_path, batches, 5)
-    for index, batch in enumerate(batches):
-        expected = explainer(batch, target=targets(len(batch))).relevance
-        close(results["torch"][index], expected)
-        close(results["lrpfast"][index], expected)
-    metadata = results["metadata"]
-    assert metadata["composite"] == composite
-    assert metadata["extra"] == {"classes": ["a", "b"], "size": 17}
-    assert metadata["input_shapes"] == [[3, 17, 17]]
-    assert metadata["dtype"] == "float32"
-    assert metadata["seed"] == "logit"
-    assert metadata["lrpfast"] == lrpfast.__version__
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "network",
-    ["resnet18", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("mobilenet_v3_small", "convnext_tiny"))],
-)
-def test_saved_families_explain_in_a_process_without_the_model(network: str, tmp_path: Path) -> None:
-    model = torchvision_network(network)
+def family(network: str) -> tuple[lrpfast.Explainer, Batches]:
     inputs = images(2, 64, seed=7)
-    explainer = lrpfast.Explainer(model, inputs)
-    results = explained_elsewhere(explainer, tmp_path, [inputs, images(1, 64, seed=8)], 1000)
-    expected = explainer(inputs, target=torch.arange(2)).relevance
-    close(results["torch"][0], expected, 1e-3)
-    close(results["lrpfast"][0], expected, 1e-3)
+    batches = [(inputs, torch.arange(2)), (images(1, 64, seed=8), torch.arange(1))]
+    return lrpfast.Explainer(torchvision_network(network), inputs), batches
+
+
+def assert_same_elsewhere(explainer: lrpfast.Explainer, batches: Batches, found: dict, tolerance: float) -> None:
+    for index, (inputs, target) in enumerate(batches):
+        expected = explainer(inputs, target=target).relevance
+        close(found["torch"][index], expected, tolerance)
+        close(found["lrpfast"][index], expected, tolerance)
+
+
+def test_saved_programs_explain_in_a_process_without_the_model(tmp_path: Path) -> None:
+    batches = [(images(batch, 17, seed=batch), targets(batch)) for batch in (3, 1, 4)]
+    composites = ("epsilon_plus_flat", "epsilon_gamma_box", "excitation_backprop")
+    saved = {name: (explainer_of(name), batches) for name in composites}
+    results = explained_elsewhere({**saved, "resnet18": (resnet18 := family("resnet18"))}, tmp_path)
+    assert_same_elsewhere(*resnet18, results["resnet18"], 1e-3)
+    for composite in composites:
+        assert_same_elsewhere(*saved[composite], results[composite], 1e-5)
+        metadata = results[composite]["metadata"]
+        assert metadata["composite"] == composite
+        assert metadata["extra"] == {"classes": ["a", "b"], "size": 17}
+        assert metadata["input_shapes"] == [[3, 17, 17]]
+        assert metadata["dtype"] == "float32"
+        assert metadata["seed"] == "logit"
+        assert metadata["lrpfast"] == lrpfast.__version__
+
+
+@pytest.mark.exhaustive
+def test_saved_families_explain_in_a_process_without_the_model(tmp_path: Path) -> None:
+    saved = {network: family(network) for network in ("mobilenet_v3_small", "convnext_tiny")}
+    results = explained_elsewhere(saved, tmp_path)
+    for network, (explainer, batches) in saved.items():
+        assert_same_elsewhere(explainer, batches, results[network], 1e-3)
 
 
 def test_loaded_program_is_called_like_an_explainer(tmp_path: Path) -> None:
