@@ -31,8 +31,10 @@ TIMM = ("resnet10t", "repvgg_a0", "ghostnet_100", "mixnet_s", "convnextv2_atto")
 class Case:
     """A network in float64, exported once for all composites (which takes longest), a batch, its classes and the data's range."""
 
-    def __init__(self, family: str) -> None:
+    def __init__(self, family: str, biases: bool = True) -> None:
         self.model = torchvision_network(family, dtype=torch.float64)
+        if not biases:
+            self.model = bias_free(self.model)
         self.inputs = images(2, FAMILIES[family], seed=7, dtype=torch.float64)
         self.low, self.high = value_range(self.inputs)
         with torch.no_grad():
@@ -51,9 +53,15 @@ class Case:
         return lrpfast.explain(self.exported, self.inputs, target=self.targets, composite=composite)
 
 
-@functools.lru_cache(maxsize=1)
+# Two: tests that run for a few families take squeezenet1_1 and resnet18 in turn.
+@functools.lru_cache(maxsize=2)
 def case(family: str) -> Case:
     return Case(family)
+
+
+@functools.lru_cache(maxsize=2)
+def case_without_biases(family: str) -> Case:
+    return Case(family, biases=False)
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -145,18 +153,17 @@ def test_float32_module_and_both_backends_agree(family: str) -> None:
 
 @pytest.mark.parametrize("family", some(("squeezenet1_1", "resnet18"), *RECTIFIER))
 def test_zero_on_a_bias_free_rectifier_network_is_gradient_times_input(family: str) -> None:
-    model = bias_free(torchvision_network(family, dtype=torch.float64))
-    inputs = case(family).inputs
+    chosen = case_without_biases(family)
     # the ratio y/S(y) of sums and average pools has to be one as well, so their stabiliser is as good as none
     share = rules.Norm(stabilizer=1e-100)
     composite = lrpfast.Composite(
         [("conv", rules.Zero()), ("linear", rules.Zero()), ("sum", share), ("avg_pool", share)], name="zero"
     )
-    explanation = lrpfast.explain(model, inputs, composite=composite)
-    x = inputs.clone().requires_grad_()
-    logits = model(x).gather(1, explanation.target[:, None])
+    explanation = chosen.explain(composite)
+    x = chosen.inputs.clone().requires_grad_()
+    logits = chosen.model(x).gather(1, explanation.target[:, None])
     (gradient,) = torch.autograd.grad(logits.sum(), x)
-    assert distance(explanation.relevance, x.detach() * gradient) < 1e-9
+    assert distance(explanation.relevance, chosen.inputs * gradient) < 1e-9
     torch.testing.assert_close(explanation.conservation(), torch.ones(2, dtype=torch.float64), rtol=1e-7, atol=0)
 
 
@@ -164,9 +171,8 @@ def test_zero_on_a_bias_free_rectifier_network_is_gradient_times_input(family: s
 @pytest.mark.parametrize("composite", ["alpha1_beta0", "w_square"])
 def test_relevance_is_conserved_where_nothing_absorbs_it(family: str, composite: str) -> None:
     """Without biases, z⁺, w² and the sharing in sums lose what the stabiliser takes and nothing else."""
-    model = bias_free(torchvision_network(family, dtype=torch.float64))
-    chosen = case(family)
-    explanation = lrpfast.explain(model, chosen.inputs, composite=chosen.composite(composite))
+    chosen = case_without_biases(family)
+    explanation = chosen.explain(chosen.composite(composite))
     # the logit layer's own output is a signed sum that z⁺ shares by its positive part: that it conserves too is the point
     torch.testing.assert_close(explanation.conservation(), torch.ones(2, dtype=torch.float64), rtol=1e-3, atol=0)
 
