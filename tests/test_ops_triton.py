@@ -198,9 +198,11 @@ def test_float64_is_the_references() -> None:
 # ---- Pools -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@given(geometry=geometries(dilated=True), channels=st.sampled_from([1, 3, 17, 130]), batch=st.integers(0, 3))
-@settings(max_examples=15)
+@given(
+    dtype=st.sampled_from(DTYPES), geometry=geometries(dilated=True), channels=st.sampled_from([1, 3, 17, 130]),
+    batch=st.integers(0, 3),
+)  # fmt: skip
+@settings(max_examples=24)
 def test_max_pool(dtype: torch.dtype, geometry: Geometry, channels: int, batch: int) -> None:
     size, *window = geometry
     x = integers(batch, channels, *size).to(dtype).to(DEVICE)  # few values: most windows have ties
@@ -223,12 +225,11 @@ def test_max_pool_of_special_values() -> None:
     assert torch.equal(as_indices(winners.cpu(), geometry), indices.cpu())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @given(
-    geometry=geometries(dilated=False), channels=st.sampled_from([1, 3, 70]), include=st.booleans(),
-    divisor=st.sampled_from([None, 3]),
+    dtype=st.sampled_from(DTYPES), geometry=geometries(dilated=False), channels=st.sampled_from([1, 3, 70]),
+    include=st.booleans(), divisor=st.sampled_from([None, 3]),
 )  # fmt: skip
-@settings(max_examples=15)
+@settings(max_examples=24)
 def test_avg_pool_dgrad(
     dtype: torch.dtype, geometry: Geometry, channels: int, include: bool, divisor: int | None
 ) -> None:
