@@ -22,6 +22,15 @@ def building(device: torch.device) -> Iterator[None]:
         yield
 
 
-def without_autocast(device: torch.device) -> torch.autocast:
-    """Compute in the dtypes that are given."""
-    return torch.autocast(device.type, enabled=False)
+@contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Compute in the dtypes that are given. Not by `torch.autocast`, which sets a dtype that all threads share."""
+    kind = device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        yield
+        return
+    torch.set_autocast_enabled(kind, False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(kind, True)

@@ -12,7 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch._subclasses import FakeTensor
 from torch.export import ExportedProgram
+
+from lrpfast.building import building
 
 _VALUES = 8  # of each tensor, evenly spread over its memory
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -56,6 +59,9 @@ class Watch:
     def state(self) -> tuple[object, ...]:
         """What is another value once a tensor is written to or replaced, or a module, its mode, a hook or a plain attribute of it."""
         tensors = list(self.tensors())
+        if any(isinstance(t, FakeTensor) for t in tensors):  # another thread captures this very model: wait until it is done
+            with building(tensors[0].device):
+                tensors = list(self.tensors())
         places = tuple(t.data_ptr() for t in tensors)
         versions = tuple(t._version for t in tensors if not t.is_inference())
         modules = () if isinstance(self._model, ExportedProgram) else tuple(map(_told, self._model.modules()))

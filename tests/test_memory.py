@@ -26,7 +26,7 @@ print(resident() - before)
 values = [torch.ones(2**24) for _ in range(4)]
 del values
 print(resident() - before)
-give_back_free_memory()
+give_back_free_memory(torch.device("cpu"))
 print(resident() - before)
 print(said)
 """
