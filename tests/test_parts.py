@@ -82,7 +82,7 @@ class Mixed(nn.Module):
         (lambda h: h * h.softmax(1), False),
         (lambda h: (h @ h.t()).softmax(1) @ h, True),
         (lambda h: h.t().softmax(1).t(), True),
-        (lambda h: h[torch.arange(len(h) - 1, -1, -1)], True),
+        (lambda h: h[torch.arange(h.shape[0] - 1, -1, -1)], True),
         (lambda h: h[:, torch.tensor([3, 2, 1, 0, 4, 5])], False),
         (lambda h: h.reshape(6, -1).t(), True),  # in another order
         (lambda h: h.t().contiguous().reshape(3, 2, -1).flatten(0, 1).t(), False),
