@@ -59,7 +59,9 @@ class Watch:
     def state(self) -> tuple[object, ...]:
         """What is another value once a tensor is written to or replaced, or a module, its mode, a hook or a plain attribute of it."""
         tensors = list(self.tensors())
-        if any(isinstance(t, FakeTensor) for t in tensors):  # another thread captures this very model: wait until it is done
+        if any(
+            isinstance(t, FakeTensor) for t in tensors
+        ):  # another thread captures this very model: wait until it is done
             with building(tensors[0].device):
                 tensors = list(self.tensors())
         places = tuple(t.data_ptr() for t in tensors)
