@@ -159,12 +159,13 @@ class TestScreen:
     @pytest.mark.parametrize("stage", ["analyse", "verify", "report"])
     def test_later_stages_refuse_other_settings_before_they_write(self, folder, stage):
         screen("--pool", 4)
-        pictures(folder / "others", 5)
+        others = folder / "a folder whose name is as long as those that people give" / "others"
+        pictures(others, 5)
         (folder / "reversed.txt").write_text("ox\ndog\ncat\n")
         before = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*") if path.name != ".lock"}
         cases = {
             ("--checkpoint", "other.pt"): "the model has other weights",
-            ("--data", "others"): 'settings, .*data is ".*/data" there and ".*/others" now.*the data are others',
+            ("--data", others): 'settings, .*data is ".*/data" there and ".*/others" now.*the data are others',
             ("--classes", "reversed.txt"): "the classes are others",
             ("--target", "prediction"): 'target is "label" there and "prediction" now',
         }

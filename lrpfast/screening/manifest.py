@@ -203,8 +203,9 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    """Write a setting; text whole, since paths differ at their end."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 or isinstance(value, str) else f"{text[:77]}..."
 
 
 # Locks that this process holds, by real path: the thread and how many times. A record lock cannot tell two runs in one process apart.
