@@ -212,28 +212,32 @@ def layers(row: Row, best: dict[str, float]) -> list[dict[str, Any]]:
 
 def dense(repeats: int = 25) -> dict[str, Any]:
     """Time of a VGG-16's dense layers for one image, in times that reading their weights takes: each once forwards, and all but the
-    logit layer's (of which the target's row is enough) once backwards. What memory gives differs from minute to minute on a shared
-    machine, so the layers' steps and three ways to read as much memory are timed in turns; the fastest of the three counts."""
+    logit layer's (of which the target's row is enough) once backwards; behind ReLUs, of these the rows of what these let through. What
+    memory gives differs from minute to minute on a shared machine, so the layers' steps and three ways to read as much memory are timed
+    in turns; the fastest of the three counts."""
     from lrpfast.ops import native
     from lrpfast.runtime.memory import keep_freed_memory
 
     keep_freed_memory()  # as in any process that explains
     sizes = ((25088, 4096), (4096, 4096), (4096, 1000))
     layers = [(torch.rand(1, i), torch.randn(o, i), torch.randn(o), torch.randn(1, o)) for i, o in sizes]
-    source = torch.ones((2 * sum(w.numel() for _, w, *_ in layers) - layers[-1][1].numel()) // 2 * 2)
+    passed = [torch.rand_like(s) < 0.5 for *_, s in layers[:-1]]
+    forwards, backwards = (sum(w.numel() for _, w, *_ in part) for part in (layers, layers[:-1]))
+    rows = sum(int(of.sum()) * w.shape[1] for of, (_, w, *_) in zip(passed, layers[:-1], strict=True))
+    source = torch.ones((forwards + backwards) // 2 * 2)
     halves = source.chunk(2)
     plus = (1.0, 0.0)
 
-    def epsilon() -> None:
+    def epsilon(by: list[torch.Tensor]) -> None:
         for x, weight, bias, _ in layers:
             native.dense(x, weight, bias)
-        for _, weight, _, s in layers[:-1]:
+        for (_, weight, *_), s in zip(layers[:-1], by, strict=True):
             native.dense_dgrad(s, weight)
 
-    def z_plus() -> None:
+    def z_plus(by: list[torch.Tensor]) -> None:
         for x, weight, bias, _ in layers:
             native.dense_pair(x, weight, bias, bias, plus)
-        for _, weight, _, s in layers[:-1]:
+        for (_, weight, *_), s in zip(layers[:-1], by, strict=True):
             native.dense_dgrad(s, weight, plus)
 
     def by_torch() -> None:
@@ -243,14 +247,22 @@ def dense(repeats: int = 25) -> dict[str, Any]:
             torch.matmul(s, weight)
 
     reading = {"sum": source.sum, "maximum": source.max, "dot": lambda: torch.dot(*halves)}
-    computing = {"epsilon": epsilon, "z plus": z_plus, "epsilon, by torch": by_torch}
+    everywhere = [s for *_, s in layers[:-1]]
+    some = [s * of for s, of in zip(everywhere, passed, strict=True)]
+    computing = {
+        "epsilon": lambda: epsilon(everywhere),
+        "z plus": lambda: z_plus(everywhere),
+        "epsilon, behind ReLUs": lambda: epsilon(some),
+        "z plus, behind ReLUs": lambda: z_plus(some),
+        "epsilon, by torch": by_torch,
+    }
     with torch.no_grad():
         timings = interleaved({**reading, **computing}, rounds=repeats)
     needed = min(timings[name].median for name in reading)
     found: dict[str, Any] = {"bytes_a_second": 4 * source.numel() / needed, "needed_ms": round(needed * 1000, 2)}
     for name in computing:
-        seconds = timings[name].median
-        found[name] = {"ms": round(seconds * 1000, 2), "ratio": round(seconds / needed, 3)}
+        seconds, of = timings[name].median, (forwards + rows) / (forwards + backwards) if "ReLU" in name else 1.0
+        found[name] = {"ms": round(seconds * 1000, 2), "ratio": round(seconds / (of * needed), 3)}
     return found
 
 
@@ -347,7 +359,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=9, help="counted rounds (default 9)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--markdown", action="store_true")
-    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--json", type=Path, help=f"where results go (default: of a whole run, {RESULTS.name}; of a part, nowhere)"
+    )
     parser.add_argument("--from-json", type=Path, help="print an earlier run; measure nothing")
     chosen = parser.parse_args(argv)
     if chosen.from_json:
@@ -372,8 +386,10 @@ def main(argv: list[str] | None = None) -> None:
             report["dense"] = dense()
         else:
             report["precision"] = precision()
-    chosen.json.parent.mkdir(parents=True, exist_ok=True)
-    chosen.json.write_text(json.dumps(report, indent=1) + "\n")
+    whole = set(chosen.sections) == set(SECTIONS) and len(rows) == len(ROWS) and set(columns) >= set(COLUMNS)
+    if target := chosen.json or (RESULTS if whole else None):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(report, indent=1) + "\n")
     print(show(report, markdown=chosen.markdown))
 
 

@@ -204,7 +204,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="3 rounds and no memory")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--markdown", action="store_true", help="print a markdown table")
-    parser.add_argument("--json", type=Path, default=RESULTS, help=f"where results are written (default {RESULTS})")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help=f"where results are written (default: of the whole table, {RESULTS.name}; of a part, nowhere)",
+    )
     parser.add_argument("--from-json", type=Path, help="print the table of an earlier run; measure nothing")
     parser.add_argument(
         "--profile", metavar="ROW", help="print where one row's explanation spends its time, and nothing else"
@@ -238,8 +242,10 @@ def main(argv: list[str] | None = None) -> None:
             print(f"measuring {row.name}", file=sys.stderr, flush=True)
             peaks = {} if chosen.quick or chosen.no_memory else measure_memory(row, chosen.threads)
             report["rows"].append(record(row, measure(row, columns, repeats), peaks))
-        chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        chosen.json.write_text(json.dumps(report, indent=1) + "\n")
+        whole = not (chosen.quick or chosen.no_memory or chosen.rows or chosen.columns)
+        if target := chosen.json or (RESULTS if whole else None):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report["rows"], markdown=chosen.markdown))
     print()
     print(note(report))

@@ -280,7 +280,7 @@ def get(composite: str | Composite, **options: Any) -> Composite:
     if isinstance(composite, Composite):
         return composite
     if not isinstance(composite, str):
-        raise CompositeError(f"composite must be a name or a lrpfast.Composite, got {composite!r}")
+        raise CompositeError(f"composite must be a name or a lrpfast.Composite, got {type(composite).__name__}")
     builder = _builder(composite)
     unknown = set(options) - set(inspect.signature(builder).parameters)
     if unknown:

@@ -95,7 +95,7 @@ def test_a_target_that_holds_nan(explainer: lrpfast.Explainer):
     [
         ({"composite": "epsilon_pluss"}, errors.CompositeError, ["epsilon_pluss", "did you mean 'epsilon_plus'"]),
         ({"composite": "epsilon_gamma_box"}, errors.CompositeError, ["epsilon_gamma_box", "low", "high"]),
-        ({"composite": 3}, errors.CompositeError, ["3"]),
+        ({"composite": 3}, errors.CompositeError, ["got int"]),
         ({"precision": "float8"}, errors.InputError, ["float8", "bfloat16"]),
         ({"backend": "cudnn"}, errors.InputError, ["cudnn", "auto"]),
         ({"record": ("layer9",)}, errors.InputError, ["layer9"]),

@@ -209,3 +209,22 @@ def test_dense_layers(batch: int, outputs: int, inputs: int, scales: tuple[float
         torch.testing.assert_close(double, s.double() @ wide, rtol=1e-12, atol=1e-12)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 64), (37, 1025), (4133, 33)])
+@pytest.mark.parametrize("scales", [None, SCALES["W+"]], ids=["W", "W+"])
+@pytest.mark.parametrize("reached", [0.0, 0.1, 0.5, 1.0])
+def test_a_transpose_leaves_out_rows_that_nothing_reaches(
+    batch: int, outputs: int, inputs: int, scales: tuple[float, float] | None, reached: float
+) -> None:
+    of_any = torch.rand(outputs) < reached
+    s = torch.randn(batch, outputs) * of_any * (torch.rand(batch, outputs) < 0.7)
+    weight = torch.randn(outputs, inputs)
+    weight[~s.any(0)] = torch.nan  # a row that is read spoils what it is added to
+    read = weight.nan_to_num(0)
+    found = native.dense_dgrad(s, weight, scales)
+    wide = modified(read, scales)
+    assert_exact_to_twice(found, s @ wide.float(), s.double() @ wide, s.double().abs() @ wide.abs())
+    for alone, together in zip(s.split(1), found.split(1), strict=True):
+        assert torch.equal(native.dense_dgrad(alone, read, scales), together)
