@@ -3,6 +3,7 @@
 #
 #   make demo    install, then train, explain, draw and screen in demo/ (the main jobs, in a minute or two)
 #   make test    install with what the tests need, then run the whole suite; ARGS="-k ratio" goes to pytest
+#   make quick   the same without the tests that take more than some seconds: half of the time
 #   make figure  the README's figure
 #   make table   the README's table of measurements; takes long, wants an idle machine
 #   make lint    ruff, lint and format
@@ -26,7 +27,7 @@ sources := pyproject.toml CMakeLists.txt lrpfast/_version.py $(wildcard csrc/*)
 # The versions of constraints.txt, for what is installed and for what builds it.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: demo test figure table lint types wheel clean
+.PHONY: demo test quick figure table lint types wheel clean
 
 demo: .venv/installed
 	$(python) -m lrpfast.demo -o demo
@@ -39,6 +40,9 @@ table: .venv/installed .venv/tests
 
 test: .venv/installed .venv/tests
 	$(python) -m pytest -n auto --benchmark-disable $(ARGS)
+
+quick:
+	$(MAKE) test ARGS='-m "not slow and not exhaustive" $(ARGS)'
 
 lint: .venv/linters
 	$(python) -m ruff check .

@@ -58,6 +58,6 @@ def _fixed_random_state() -> None:
 @pytest.fixture(autouse=True)
 def _cache_of_fake_tensors(request: pytest.FixtureRequest) -> Iterator[None]:
     """torch's cache of what operations do to shapes pays for large networks, and takes a quarter of the time that small ones are built
-    in. So only slow tests have it."""
-    with torch._dynamo.config.patch(fake_tensor_cache_enabled="slow" in request.keywords):
+    in. So only tests of large ones have it."""
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled="large" in request.keywords):
         yield

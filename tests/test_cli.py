@@ -463,6 +463,7 @@ class TestCompile:
         explain(image, "--composite", "epsilon", model="net.pt2")
         np.testing.assert_allclose(np.load("out/cat.npy"), expected, rtol=1e-4, atol=1e-6)
 
+    @pytest.mark.slow
     def test_onnx(self, folder):
         runtime = pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
@@ -532,6 +533,7 @@ class TestProcess:
         command = [sys.executable, "-m", "lrpfast", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
 
+    @pytest.mark.slow
     def test_explain(self, folder):
         picture(folder / "cat.png")
         (folder / "bad.png").touch()
@@ -543,6 +545,7 @@ class TestProcess:
         assert "bad.png" in done.stderr and "explaining" not in done.stderr
         assert written(folder) == ["cat-map.png", "cat-overlay.png", "cat.npy"]
 
+    @pytest.mark.slow
     def test_on_a_terminal_results_stand_above_a_progress_bar(self, folder):
         for index in range(3):
             picture(folder / f"{index}.png", seed=index)
@@ -582,6 +585,7 @@ class TestProcess:
         commands = [["--help"], ["explain", "--help"], ["--version"], ["explain"]]
         assert statuses(commands, folder) == [0, 0, 0, 2]
 
+    @pytest.mark.slow
     def test_interrupted(self, folder):
         (folder / "cli_interrupts.py").write_text("def make():\n    raise KeyboardInterrupt\n")
         picture(folder / "cat.png")
@@ -591,6 +595,7 @@ class TestProcess:
 
 
 @pytest.mark.slow
+@pytest.mark.large
 def test_torchvision_model(folder):
     importlib.import_module("tests.torchvision_shim")
     for index in range(2):

@@ -159,6 +159,7 @@ WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {  # gates of a pre-activation 
 }
 
 
+@pytest.mark.slow
 def test_gate_is_one_however_it_is_written():
     """What moves its values, or averages them, or takes them from 1, makes no signal of a gate (RULES.md section 3)."""
     branches = Parallel()

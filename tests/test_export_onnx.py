@@ -107,6 +107,7 @@ def network(*layers: nn.Module, size: int | tuple[int, int], channels: int = 4) 
     return with_statistics(model, [images(8, size, channels=channels, seed=1)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("all_sizes", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(
     ("stride", "composite"),
@@ -135,6 +136,7 @@ def test_convolutions(stride: int, composite: str, all_sizes: bool, tmp_path: Pa
 _OWN_OPERATORS = ("overview", "excitation_backprop", "beta_smooth", "gamma")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "composite",
     [
@@ -188,6 +190,7 @@ LAYERS: dict[str, list[nn.Module]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", LAYERS)
 def test_other_layers(layers: str, tmp_path: Path) -> None:
     size = (11, 13)
@@ -220,6 +223,7 @@ def test_recorded_layers_are_outputs(tmp_path: Path) -> None:
     assert len(session_of(tmp_path / "program.onnx").get_outputs()) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "composite"),
     [
@@ -236,6 +240,7 @@ def test_networks(name: str, composite: str, tmp_path: Path) -> None:
     check(explainer, tmp_path / "program.onnx", [inputs, inputs[:1]], 10 if name == "small" else 1000)
 
 
+@pytest.mark.slow
 def test_errors(tmp_path: Path) -> None:
     model = network(nn.Identity(), size=11)
     explainer = lrpfast.Explainer(model, images(1, 11, channels=4))

@@ -178,6 +178,7 @@ def assert_same_elsewhere(explainer: lrpfast.Explainer, batches: Batches, found:
         close(found["lrpfast"][index], expected, tolerance)
 
 
+@pytest.mark.slow
 def test_saved_programs_explain_in_a_process_without_the_model(tmp_path: Path) -> None:
     batches = [(images(batch, 17, seed=batch), targets(batch)) for batch in (3, 1, 4)]
     composites = ("epsilon_plus_flat", "epsilon_gamma_box", "excitation_backprop")

@@ -20,6 +20,8 @@ from tests.oracles.autograd_lrp import autograd_relevance, hardsigmoid, methods
 # the overview composite picks its rules by the place of a layer; tests/test_zennit_parity.py and others have zennit's nine
 COMPOSITES = tuple(name for name in lrpfast.composites.names() if name != "overview")
 GRADIENT = lrpfast.Composite([("any", rules.Gradient())], name="gradient")
+pytestmark = pytest.mark.large
+
 # ReLU networks whose batch norms all fold: what LRP-0 says of them is known
 RECTIFIER = (
     "alexnet", "vgg11_bn", "resnet18", "googlenet", "inception_v3", "squeezenet1_1", "shufflenet_v2_x1_0", "mnasnet1_0",
@@ -136,6 +138,7 @@ def test_gradient_everywhere_is_torchs_gradient(family: str) -> None:
     assert distance(chosen.explain(GRADIENT).relevance, reference) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", some(("squeezenet1_1", "resnet18"), *FAMILIES))
 def test_float32_module_and_both_backends_agree(family: str) -> None:
     """The user's way in: a module in float32, compiled for the example, with the automatic backend and the reference one."""
@@ -177,6 +180,7 @@ def test_relevance_is_conserved_where_nothing_absorbs_it(family: str, composite:
     torch.testing.assert_close(explanation.conservation(), torch.ones(2, dtype=torch.float64), rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(("resnet10t",), *TIMM))
 def test_timm_networks(name: str) -> None:
     timm = pytest.importorskip("timm")

@@ -80,6 +80,7 @@ def model() -> nn.Module:
     return Block().double().eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BACKWARD)
 def test_modified_gradient(model: nn.Module, kind: str):
     x, target = torch.randn(3, 2, 8, 8, dtype=torch.float64), torch.tensor([0, 4, 2])
@@ -125,6 +126,7 @@ class Attention(nn.Module):
         return self.out(self.norm(mixed + v).mean(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("composite", ["guided_backprop", "deconvnet", "beta_smooth", "any"])
 def test_gradient_of_attention(composite: str):
     """There is no ReLU, so each of these is the gradient, through softmax and the products of activations as well."""
@@ -149,6 +151,7 @@ def test_excitation_backprop_takes_the_gradient_of_attention():
     assert_agrees(net.double().eval(), EXCITATION, [x], make_seed(net, [x]))
 
 
+@pytest.mark.slow
 def test_smoothness_is_an_option(model: nn.Module):
     x, target = torch.randn(2, 2, 8, 8, dtype=torch.float64), torch.tensor([1, 3])
     leaf = x.clone().requires_grad_()
@@ -175,6 +178,7 @@ def block_as_data() -> Net:
 EXCITATION = {"conv": ZPLUS, "linear": ZPLUS, "sum": NORM, "avg_pool": NORM, "any": GRADIENT}
 
 
+@pytest.mark.slow
 def test_excitation_backprop():
     """z⁺ in layers, Norm in sums and average pools, and the plain gradient of everything else, ReLUs included."""
     net, x = block_as_data(), torch.randn(2, 2, 8, 8, dtype=torch.float64)
@@ -184,6 +188,7 @@ def test_excitation_backprop():
     assert distance(found.relevance, expected.relevance[0]) <= 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [Spec("GuidedReLU"), Spec("DeconvReLU"), Spec("SmoothReLU", {"beta": 2.0})], ids=str)
 def test_modified_relu_between_relevance_rules(rule: Spec):
     """The rule of a ReLU may be mixed with LRP rules in the layers, in any order."""

@@ -618,6 +618,7 @@ def test_grad_modes_and_frozen_parameters_do_not_matter():
     assert torch.equal(found, expected) and not found.requires_grad and asking.grad is None
 
 
+@pytest.mark.slow
 def test_other_sizes_of_the_input():
     """A network that takes any size gives each its own map; so does a return to the first size."""
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))

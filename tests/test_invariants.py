@@ -181,6 +181,7 @@ def test_precision():
     assert distance(full.relevance.double(), double.relevance) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_order_of_entries_and_of_first_layers():
     class Net(nn.Module):
         def __init__(self) -> None:

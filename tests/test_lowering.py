@@ -168,6 +168,7 @@ class Strided(nn.Module):
         return self.head(torch.cat([strided(stem(x).relu()).relu().mean((2, 3)) for stem, strided in both], 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("size", [(11, 13), (12, 12)])
 def test_strided_transposes(size: tuple[int, int], batch: int) -> None:

@@ -82,6 +82,7 @@ def assert_explains_as_float64(model: nn.Module, x: Tensor, composite: str, **ca
 COMPOSITES = ["epsilon_plus_flat", "gamma", "epsilon_alpha2_beta1", "epsilon"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("run", "composite"),
     [
@@ -95,6 +96,7 @@ def test_fused_steps_give_the_same(run: Callable[..., Tensor], composite: str) -
     assert_explains_as_float64(networks.Net(run).eval(), x, composite, target=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "composite"),
     [
@@ -107,6 +109,7 @@ def test_networks_give_the_same(model: Callable[[], nn.Module], composite: str) 
     assert_explains_as_float64(model().eval(), x, composite)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [None, [[0, 3], [1, 1]]])
 def test_wide_layers_compute_both_products_at_once(target: object) -> None:
     """More than 256 input channels and few outputs: one read of the input gives z and its denominator, for each target as well."""
@@ -134,6 +137,7 @@ def test_what_is_fused() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_layer_runs_before_its_input_is_written_over() -> None:
     """With gradients alone nothing needs `h` on the way back, and doubling it may write over it: after `b` has read it."""
 
@@ -173,6 +177,7 @@ def test_half_precision(precision: str) -> None:
     assert errors[0] <= 2 * errors[1]
 
 
+@pytest.mark.slow
 def test_a_sample_does_not_depend_on_its_batch() -> None:
     model = (
         Bottleneck(stride=1).eval().to(DEVICE)

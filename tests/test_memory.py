@@ -42,6 +42,7 @@ def _mebibytes_kept(keep: str) -> tuple[int, int, int, str]:
     return int(while_made), int(kept), int(after), said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc" or not os.path.exists("/proc/self/statm"),
     reason="glibc on Linux alone keeps memory, and /proc shows how much",

@@ -181,6 +181,7 @@ def test_the_models_dtype_is_that_of_its_parameters():
     assert found.relevance.dtype is torch.bfloat16
 
 
+@pytest.mark.slow
 def test_memory_stays_flat():
     net = nn.Sequential(
         nn.Conv2d(3, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * 15 * 15, 10)
@@ -242,6 +243,7 @@ def in_threads(*calls: Callable[[], None]) -> list[BaseException]:
     return raised
 
 
+@pytest.mark.slow
 def test_explainers_are_made_saved_and_called_in_threads(model: Net, tmp_path):
     """torch.export keeps what it is at in places that all threads share."""
     own = lrpfast.Explainer(model, torch.randn(1, 3, 8, 8))
@@ -274,6 +276,7 @@ def default_dtype(dtype: torch.dtype) -> Callable[[], AbstractContextManager[Non
     return changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "surroundings",
     [

@@ -62,6 +62,7 @@ def transposes() -> list[tuple[str, tuple]]:
     return calls
 
 
+@pytest.mark.slow
 def test_opcheck_of_the_transposes():
     """Inductor relies on the layout that the fake tells: a result laid out otherwise stops it."""
     for name, arguments in transposes():
@@ -139,6 +140,7 @@ def test_export_keeps_the_operators_and_decomposes_them():
         torch.testing.assert_close(plain.module()(*inputs), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_onnx(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     path = tmp_path / "step.onnx"

@@ -89,6 +89,7 @@ def test_without_openmp_work_runs_in_one_thread():
     assert "run in one thread: no such library" in out
 
 
+@pytest.mark.slow
 def test_capability_can_be_forced_down_and_gives_the_same():
     code = """
         import torch
@@ -105,6 +106,7 @@ def test_capability_can_be_forced_down_and_gives_the_same():
     assert out == f"default {here['result']}"
 
 
+@pytest.mark.slow
 def test_unknown_capability_is_ignored_with_a_warning():
     out = run(
         """
@@ -119,6 +121,7 @@ def test_unknown_capability_is_ignored_with_a_warning():
     assert out.startswith(f"{native.extension.cpu_capability()} LRPFAST_CPU_CAPABILITY='sse9' is none of")
 
 
+@pytest.mark.slow
 def test_import_and_operators_work_without_the_extension():
     out = run("""
         import sys

@@ -198,6 +198,7 @@ def test_float64_is_the_references() -> None:
 # ---- Pools -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(
     dtype=st.sampled_from(DTYPES), geometry=geometries(dilated=True), channels=st.sampled_from([1, 3, 17, 130]),
     batch=st.integers(0, 3),

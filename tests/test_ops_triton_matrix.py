@@ -184,6 +184,7 @@ def test_transposes_of_stride_one_are_convolutions_with_flipped_weights(layer: s
     )
 
 
+@pytest.mark.slow
 @given(
     sizes=st.tuples(st.integers(1, 2), st.integers(1, 40), st.integers(1, 40)), size=st.tuples(st.integers(3, 9), st.integers(3, 9)),
     kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)), stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),

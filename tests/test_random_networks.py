@@ -16,6 +16,7 @@ from tests.oracles.strategies import Drawn, networks
 STABLE = 1e-9
 
 
+@pytest.mark.slow
 @given(drawn=networks(), logit=st.booleans())
 def test_any_network_under_any_composite(drawn: Drawn, logit: bool):
     with torch.no_grad():
@@ -70,6 +71,7 @@ def test_a_map_depends_on_its_sample_alone(drawn: Drawn):
     assert distance(explainer(strided, target=seed).relevance, together) <= 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 @settings(max_examples=12)
 @given(drawn=networks())

@@ -138,6 +138,7 @@ def test_every_rule_on_every_layer(number: int, case: Case):
     branches.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["conv2d", "linear"])
 @pytest.mark.parametrize("tail", TAILS, ids=lambda tail: f"above-{tail}")
 def test_every_rule_in_every_surrounding(name: str, tail: Spec | str | None):
@@ -148,6 +149,7 @@ def test_every_rule_in_every_surrounding(name: str, tail: Spec | str | None):
     branches.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", "conv1d", "conv2d", "conv2d-circular", "conv3d", "convtranspose2d"])
 def test_exact_zeros_of_x_and_z(name: str):
     case = next(c for c in CASES if c.name == name)
@@ -168,6 +170,7 @@ NOT_POSITIVE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.slow
 def test_a_clip_below_zero_is_not_taken_for_positive():
     """Behind a ReLU, too: its bound decides, and the schedule for inputs >= 0 would be wrong."""
     branches = Parallel()
@@ -181,6 +184,7 @@ def test_a_clip_below_zero_is_not_taken_for_positive():
     branches.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [1e-6, 1e-12, 1e-20])
 def test_parts_of_z_that_differ_by_many_digits(share: float):
     """A negative part far smaller than the positive one, and the reverse: it must not be had by subtracting large numbers."""

@@ -193,6 +193,7 @@ class TestAnalyse:
         assert calls == [(1, 2), (2, 2)]
         read_analysis(folder, 1)
 
+    @pytest.mark.slow
     def test_what_was_made_again_is_analysed_and_verified_again(self, tmp_path, source):
         folder, whole = screening(tmp_path / "screen", source, skipped=(3,)), screening(tmp_path / "whole", source)
         for one in (folder, whole):
@@ -213,6 +214,7 @@ class TestAnalyse:
         assert len(read_analysis(folder, 1).clusters) == 60
         lrpfast.screening.write_report(folder, source)
 
+    @pytest.mark.slow
     def test_a_folder_of_an_earlier_version_is_read_and_analysed_again(self, tmp_path, monkeypatch, source):
         folder = tmp_path / "screen"
         with monkeypatch.context() as earlier:
@@ -244,6 +246,7 @@ class TestAnalyse:
         lrpfast.screening.analyse(folder, neighbours=3)
         assert class_path(folder, 0).stat().st_mtime_ns != first
 
+    @pytest.mark.slow
     def test_processes_find_the_same(self, folder, done, monkeypatch):
         # Two classes are too few to start processes for; make them enough.
         monkeypatch.setattr(analysis, "_enough", lambda count, processes: True)
@@ -251,6 +254,7 @@ class TestAnalyse:
         for label in (0, 1):
             np.testing.assert_array_equal(read_analysis(folder, label).clusters, read_analysis(done, label).clusters)
 
+    @pytest.mark.slow
     def test_what_no_map_shows_is_told_by_features(self, done):
         # It lies farther than any group of maps, so it comes first.
         group, *others = read_analysis(done, 0).groups

@@ -228,6 +228,7 @@ class TestProcess:
             holder.kill()
         assert f"out is in use by process {holder.pid}" in result.stderr
 
+    @pytest.mark.slow
     def test_interrupted(self, folder):
         pictures(folder / "data", 60)
         with start(folder, command("data", "out", "--shard-size", 5, "--workers", 1)) as process:
@@ -243,6 +244,7 @@ class TestProcess:
         screen("--shard-size", 5)
         assert len(rows(folder / "out")["sample"]) == 180
 
+    @pytest.mark.slow
     def test_interrupted_while_it_takes_a_batch(self, folder):
         """The decoding process meets the end of the connection by which it hands a tensor over."""
         cut = (
@@ -269,6 +271,7 @@ class TestProcess:
             sys.excepthook(type(error), error, None)
         assert told == errors[2:]
 
+    @pytest.mark.slow
     def test_on_a_terminal_there_is_a_bar(self, folder):
         pictures(folder / "data", 30)
         (folder / "data" / "cat" / "00.png").write_bytes(b"no image")

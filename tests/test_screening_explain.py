@@ -77,6 +77,7 @@ class Scaled(torch.nn.Module):
 
 
 class TestValues:
+    @pytest.mark.slow
     def test_images_come_in_the_dtype_of_the_parameters(self, data, tmp_path):
         assert a_recipe(Scaled().eval()).build().dtype == torch.float32
         screen(data, tmp_path / "scaled", Scaled().eval())
@@ -152,6 +153,7 @@ class TestValues:
         assert said["settings"]["composite"].startswith("epsilon_plus_flat ")
         assert Preprocessing.from_dict(said["model"]["preprocessing"]) == PREPROCESSING
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("workers", [1, 2])
     def test_processes_that_decode_change_nothing(self, data, tmp_path, workers):
         screen(data, tmp_path / "none")

@@ -120,6 +120,7 @@ class TestTwoAtOnce:
 
 
 class TestProcesses:
+    @pytest.mark.slow
     def test_a_decoding_process_that_dies_is_told_and_the_run_can_go_on(self, tmp_path, monkeypatch):
         (tmp_path / "deadly.py").write_text(
             "import os, torch\nfrom torch.utils.data import get_worker_info\n"

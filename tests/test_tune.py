@@ -76,6 +76,7 @@ def test_other_threads_or_versions_have_choices_of_their_own(tmp_path: Path, mon
     assert Tuner(tmp_path)._path != here
 
 
+@pytest.mark.slow
 def test_processes_that_tune_at_once_lose_nothing(tmp_path: Path) -> None:
     code = """
         import sys

@@ -25,6 +25,7 @@ print(backends.report().splitlines()[0])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "reason"),
     [

@@ -123,6 +123,7 @@ def test_maps_are_zennits_for_the_seed_one(network: str) -> None:
     assert distance(chosen.zennit(composite, torch.float64), exact) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", some("resnet18", "vgg11_bn", "resnet50"))
 def test_maps_are_those_of_plain_zennit_where_the_batch_norms_have_a_tiny_eps(network: str) -> None:
     chosen = Case(network, eps=1e-15)
