@@ -1,7 +1,7 @@
 """Does the screening find planted artefacts that a model uses, and nothing else? Against simpler ways to look for them.
 
-    python -m benchmarks.clever_hans run -o results/ [--minutes 3] [--set tuning|reported]     goes on where it was
-    python -m benchmarks.clever_hans table results/
+    python -m benchmarks.clever_hans run -o results/ [--minutes 3] [--set tuning|reported] [--offset N]   goes on where it was
+    python -m benchmarks.clever_hans table results/ [--offset N]
 
 A run draws images (`clever_hans_data`), trains a small network on them, explains its training images, and screens them with each method
 in the same way: cluster each class, try the most suspicious clusters on the model, rank the classes by verified effect. The methods differ
@@ -66,8 +66,12 @@ class Run:
         return (3 * self.seed + 1) % source.TASKS[self.task].classes
 
 
-def runs(which: str) -> list[Run]:
-    """The runs of the tuning or of the reported set, in the order in which they are done."""
+def runs(which: str, offset: int = 0) -> list[Run]:
+    """The runs of the tuning or of the reported set, in the order in which they are done; with other seeds by an offset."""
+    return [dataclasses.replace(run, seed=run.seed + offset) for run in _runs(which)]
+
+
+def _runs(which: str) -> list[Run]:
     if which == "tuning":
         kinds = [(t, i, k) for t in source.TASKS for i, k in enumerate(source.TUNING)]
         return [Run(t, k, p, 100 + i) for t, i, k in kinds for p in (0.02, 0.05, 0.1, 0.3)] + [
@@ -365,18 +369,19 @@ def main() -> None:
 @main.command("run")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 @click.option("--set", "which", type=click.Choice(["tuning", "reported"]), default="reported", show_default=True)
+@click.option("--offset", default=0, show_default=True, help="Added to all seeds: runs that nobody has looked at before.")
 @click.option("--minutes", type=float, default=1e9, help="Begin no run after this.")
 @click.option("--method", "methods", multiple=True, type=click.Choice(METHODS), help="These alone; default: all.")
 @click.option("--task", "tasks", multiple=True, type=click.Choice([*source.TASKS]), help="These alone; default: both.")
 @click.option("--threads", type=int, default=1, show_default=True)
 def run_command(
-    output: Path, which: str, minutes: float, methods: tuple[str, ...], tasks: tuple[str, ...], threads: int
+    output: Path, which: str, offset: int, minutes: float, methods: tuple[str, ...], tasks: tuple[str, ...], threads: int
 ) -> None:
     """Do the runs that have no result yet; each run is one file."""
     torch.set_num_threads(threads)
     make_folder(output / "models")
     began = time.perf_counter()
-    for run in runs(which):
+    for run in runs(which, offset):
         path, own = output / f"{run.name}.json", [m for m in wanted(run) if not methods or m in methods]
         have = json.loads(path.read_text())["methods"] if path.exists() else ()
         if all(method in have for method in own) or (tasks and run.task not in tasks):
@@ -393,9 +398,10 @@ def run_command(
 
 @main.command("table")
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
-def table_command(folder: Path) -> None:
+@click.option("--offset", default=0, show_default=True, help="As it was given to run.")
+def table_command(folder: Path, offset: int) -> None:
     """Print what the runs in a folder found, as Markdown."""
-    names = {run.name for run in runs("reported")}
+    names = {run.name for run in runs("reported", offset)}
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.stem in names]
     for line in summary(results):
         click.echo(line)
