@@ -369,13 +369,21 @@ def main() -> None:
 @main.command("run")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 @click.option("--set", "which", type=click.Choice(["tuning", "reported"]), default="reported", show_default=True)
-@click.option("--offset", default=0, show_default=True, help="Added to all seeds: runs that nobody has looked at before.")
+@click.option(
+    "--offset", default=0, show_default=True, help="Added to all seeds: runs that nobody has looked at before."
+)
 @click.option("--minutes", type=float, default=1e9, help="Begin no run after this.")
 @click.option("--method", "methods", multiple=True, type=click.Choice(METHODS), help="These alone; default: all.")
 @click.option("--task", "tasks", multiple=True, type=click.Choice([*source.TASKS]), help="These alone; default: both.")
 @click.option("--threads", type=int, default=1, show_default=True)
 def run_command(
-    output: Path, which: str, offset: int, minutes: float, methods: tuple[str, ...], tasks: tuple[str, ...], threads: int
+    output: Path,
+    which: str,
+    offset: int,
+    minutes: float,
+    methods: tuple[str, ...],
+    tasks: tuple[str, ...],
+    threads: int,
 ) -> None:
     """Do the runs that have no result yet; each run is one file."""
     torch.set_num_threads(threads)
