@@ -26,7 +26,7 @@ ROUTING = frozenset({
     "reshape", "permute", "slice", "select", "cat", "expand", "squeeze", "unsqueeze", "flip", "roll", "repeat",
     "index_select", "index", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
     "replication_pad1d", "replication_pad2d", "replication_pad3d", "pixel_shuffle", "pixel_unshuffle",
-    "channel_shuffle", "native_channel_shuffle", "getitem", "expand_as", "narrow", "where", "masked_fill",
+    "channel_shuffle", "native_channel_shuffle", "getitem", "where", "masked_fill",
 })  # fmt: skip
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import lrpfast
-from lrpfast import canonical
 from lrpfast.assign import assign
+from lrpfast.canonical import canonicalise, layers
 from lrpfast.capture import capture
 from lrpfast.errors import InputError, NumericsError
 from lrpfast.relevance import transform
@@ -161,10 +161,10 @@ def test_derived_weights_are_let_go_and_made_again(tmp_path: Path) -> None:
 def test_derived_weights_are_made_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not while the program is built, which needs their shape alone; and they are what was said of them."""
     made: list[torch.Tensor] = []
-    scale = canonical._scale_outputs
-    monkeypatch.setattr(canonical, "_scale_outputs", lambda *args: made.append(scale(*args)) or made[-1])
+    scale = layers._scale_outputs
+    monkeypatch.setattr(layers, "_scale_outputs", lambda *args: made.append(scale(*args)) or made[-1])
     network = model().to(memory_format=torch.channels_last)
-    program = canonical.canonicalise(capture(network, (X,)).program)
+    program = canonicalise(capture(network, (X,)).program)
     joint = transform(program, assign(program, lrpfast.composites.get("epsilon_plus"))).program
     assert not made
     for made_of, least in ((program, 1), (joint, 2)):
