@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lrpfast.errors import InputError, NumericsError, TargetError
+from lrpfast.errors import InputError, ModelError, NumericsError, TargetError
 from lrpfast.relevance import Seed
 
 
@@ -86,9 +86,19 @@ def check_finite(tensor: torch.Tensor, name: str, first: int = 0) -> None:
 
 
 def check_parameters(named: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Raise a NumericsError that names a parameter or buffer with NaN. A program would hide it: a convolution with its ReLU in one call
-    makes zero of NaN. Infinities are in the masks of many models."""
+    """Raise an error that names a parameter or buffer without values, or with NaN. A program would hide NaN: a convolution with its
+    ReLU in one call makes zero of it. Infinities are in the masks of many models.
+
+    Raises
+    ------
+    ModelError
+        A tensor is on the device "meta".
+    NumericsError
+        NaN.
+    """
     for name, tensor in named:
+        if tensor.is_meta:
+            raise ModelError(f"{name!r} of the model has no values: it is on the device 'meta'; load its weights")
         suspect = tensor.is_floating_point() and tensor.numel() and not bool(torch.isfinite(tensor.detach().sum()))
         if suspect and bool(tensor.isnan().any()):
             raise NumericsError(f"{name!r} of the model holds NaN; load its weights again")

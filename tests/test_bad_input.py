@@ -355,6 +355,16 @@ def test_a_parameter_that_holds_nan(name: str):
         lrpfast.explain(model, X)
 
 
+def test_a_model_without_values():
+    """As torch.device("meta") makes models, whose weights are to be loaded afterwards."""
+    model = small()
+    model[5].to("meta")
+    with pytest.raises(errors.ModelError, match=r"'5\.weight' of the model has no values.*'meta'"):
+        lrpfast.explain(model, X)
+    with pytest.raises(errors.ModelError, match=r"'0\.weight' of the model has no values.*'meta'"):
+        lrpfast.explain(model.to("meta"), X.to("meta"))
+
+
 def test_a_parameter_that_comes_to_hold_nan():
     explainer = lrpfast.Explainer(small(), X)
     with torch.no_grad():

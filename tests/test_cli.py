@@ -316,6 +316,7 @@ class TestExplain:
             (("--composite", "epsilon_plsu"), "epsilon_plsu.*epsilon_plus"),
             (("--device", "cuda:77"), "device 'cuda:77' cannot be used"),
             (("--device", "tpux"), "device 'tpux' cannot be used"),
+            (("--device", "meta"), "device 'meta' cannot be used"),
             (("--classes", "absent.txt"), r"absent\.txt cannot be read"),
             (("--classes", "three.txt"), "there are 3 names of classes, and cli_factories:make has 5 outputs"),
             (("--classes", "gap.txt"), r"gap\.txt, line 2 is empty; the names of the classes stand one a line"),
