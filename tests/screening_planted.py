@@ -107,7 +107,7 @@ def screening(folder: Path, source: Planted, shard_size: int = 25, skipped: tupl
         width=CELLS,
         samples=len(source),
         shard_size=shard_size,
-        listing="0",
+        listing=source.digest(),
     )
     with manifests.locked(folder):
         manifests.begin(folder, manifest)

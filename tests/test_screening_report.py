@@ -38,6 +38,24 @@ def page(folder) -> str:
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("other", [Planted(count=59), Planted(count=61)])
+def test_another_source_is_refused(folder, other, tmp_path):
+    """Its images would stand for samples that were not looked at."""
+    before = {path: path.read_bytes() for path in folder.glob("[!.]*.*")}
+    for use in (
+        lambda: lrpfast.screening.verify(folder, other, model),
+        lambda: report.write_report(folder, other),
+        lambda: lrpfast.screening.export_virelay(folder, tmp_path / "virelay", other),
+    ):
+        with pytest.raises(
+            ScreeningError, match=rf"the source is not what .* explained: {len(other)} samples, there 120"
+        ):
+            use()
+    assert (
+        before == {path: path.read_bytes() for path in folder.glob("[!.]*.*")} and not (tmp_path / "virelay").exists()
+    )
+
+
 class Reader(HTMLParser):
     """Collects elements with their attributes, and the text of all of them."""
 

@@ -174,6 +174,21 @@ def check(folder: str | os.PathLike[str], manifest: Manifest) -> None:
         )
 
 
+def check_source(folder: str | os.PathLike[str], manifest: Manifest, digest: str, samples: int) -> None:
+    """Find that samples, given by their number and digest, are those that the screening in `folder` explained.
+
+    Raises
+    ------
+    ScreeningError
+        They are others: their images would stand for samples that were not looked at.
+    """
+    if digest != manifest.listing:
+        raise ScreeningError(
+            f"the source is not what {folder} explained: {samples} samples, there {manifest.samples}, or other paths or labels; "
+            "give that source, or start the screening of this one in another folder"
+        )
+
+
 def _differences(there: Manifest, asked: Manifest) -> list[str]:
     """Say in words what differs, the settings that a person chose first."""
     before, after = _flat(there._known()), _flat(asked._known())

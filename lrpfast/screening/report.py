@@ -27,6 +27,7 @@ from lrpfast.errors import InputError, LrpfastError, ScreeningError
 from lrpfast.files import replacing
 from lrpfast.screening import embed, findings
 from lrpfast.screening.analysis import ClassAnalysis, read_current, read_mark
+from lrpfast.screening.manifest import check_source
 from lrpfast.screening.rank import class_score
 from lrpfast.screening.sources import Source, reopen
 from lrpfast.screening.spectral import cluster_count
@@ -64,7 +65,7 @@ def write_report(
     Raises
     ------
     ScreeningError
-        There is no finished screening with findings, or shards were made again since.
+        There is no finished screening with findings, shards were made again since, or the source is another.
     InputError
         A class was not analysed, or before shards were made again.
     OutputError
@@ -78,7 +79,9 @@ def write_report(
             f"the findings of {folder} are of shards that were made again since; start the screening again to complete it"
         )
     note = ""
-    if source is None:
+    if source is not None:
+        check_source(folder, store.manifest, source.digest(), len(source))
+    else:
         try:
             source = reopen(folder)
         except LrpfastError as error:

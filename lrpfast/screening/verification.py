@@ -47,7 +47,7 @@ def verify(
     folder
         Of the screening, analysed.
     source
-        Its samples.
+        Its samples: those that were explained.
     model
         Inputs [N, C, H, W] on the CPU to logits [N, classes]; what was explained, in eval mode.
     candidates
@@ -65,12 +65,13 @@ def verify(
     InputError
         A class was not analysed, or before shards were made again.
     ScreeningError
-        There is no finished screening, or another process works on it.
+        There is no finished screening, another process works on it, or the source is another.
     OutputError
         Something cannot be written.
     """
     with manifests.locked(folder):
         store = Store(folder)
+        manifests.check_source(folder, store.manifest, source.digest(), len(source))
         remove_temporaries(Path(folder, FOLDER))
         labels = store.labels()
         found: list[Finding] = []

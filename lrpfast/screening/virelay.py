@@ -26,6 +26,7 @@ import numpy as np
 from lrpfast.errors import InputError, LrpfastError, OutputError
 from lrpfast.files import check_writable, make_folder, replacing
 from lrpfast.screening.analysis import read_current
+from lrpfast.screening.manifest import check_source
 from lrpfast.screening.schema import ClassInfo
 from lrpfast.screening.sources import Source, reopen
 from lrpfast.screening.store import Store
@@ -65,12 +66,13 @@ def export_virelay(
     InputError
         A class was not analysed, or before shards were made again; the data are gone, or there are more classes than ViRelAy can hold.
     ScreeningError
-        There is no finished screening.
+        There is no finished screening, or the source is another.
     OutputError
         Something cannot be written.
     """
     store = Store(folder)
     source = reopen(folder) if source is None else source
+    check_source(folder, store.manifest, source.digest(), len(source))
     if len(store.manifest.classes) >= _MOST_LABELS:
         raise InputError(
             f"ViRelAy holds fewer than {_MOST_LABELS} classes, the model has {len(store.manifest.classes)}"
