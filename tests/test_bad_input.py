@@ -355,6 +355,17 @@ def test_a_parameter_that_holds_nan(name: str):
         lrpfast.explain(model, X)
 
 
+@pytest.mark.parametrize("composite", ["epsilon", "epsilon_plus"])
+def test_an_infinite_weight_behind_a_relu(composite: str):
+    """It makes zero of the neuron's output, and NaN of the relevance, whose product with it is 0 * inf."""
+    model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    model[0].weight.data[3] = -torch.inf
+    x = torch.rand(1, 16)
+    assert model(x).isfinite().all()
+    with pytest.raises(errors.NumericsError, match="relevance.* NaN"):
+        lrpfast.explain(model, x, composite=composite)
+
+
 def test_a_model_without_values():
     """As torch.device("meta") makes models, whose weights are to be loaded afterwards."""
     model = small()

@@ -215,10 +215,12 @@ class Lowering:
         dense = weight.op == "get_attr" and rank(a) == rank(weight) == 2 and self.kernels is native
         if not dense:
             return None
-        scaled = self.program.constants.scaled(weight.target)
-        if scaled is None or not self._reads_once(node, weight):
+        source, scales = self.program.constants.scaled(weight.target) or (weight.target, None)
+        # Rows that no relevance reaches are not read: infinities in them, which make NaN of it, would go unnoticed.
+        if not bool(torch.isfinite(self.program.constants[source].sum())):
+            return None
+        if scales is None or not self._reads_once(node, weight):
             return Step(node, native.dense_dgrad, (a, weight))
-        source, scales = scaled
         return Step(node, native.dense_dgrad, (a, self.constant(source), scales), note="weight modified on the way")
 
     def _reads_once(self, node: fx.Node, weight: fx.Node) -> bool:
