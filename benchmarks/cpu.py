@@ -228,16 +228,16 @@ def dense(repeats: int = 25) -> dict[str, Any]:
     halves = source.chunk(2)
     plus = (1.0, 0.0)
 
-    def epsilon(by: list[torch.Tensor]) -> None:
+    def epsilon(messages: list[torch.Tensor]) -> None:
         for x, weight, bias, _ in layers:
             native.dense(x, weight, bias)
-        for (_, weight, *_), s in zip(layers[:-1], by, strict=True):
+        for (_, weight, *_), s in zip(layers[:-1], messages, strict=True):
             native.dense_dgrad(s, weight)
 
-    def z_plus(by: list[torch.Tensor]) -> None:
+    def z_plus(messages: list[torch.Tensor]) -> None:
         for x, weight, bias, _ in layers:
             native.dense_pair(x, weight, bias, bias, plus)
-        for (_, weight, *_), s in zip(layers[:-1], by, strict=True):
+        for (_, weight, *_), s in zip(layers[:-1], messages, strict=True):
             native.dense_dgrad(s, weight, plus)
 
     def by_torch() -> None:

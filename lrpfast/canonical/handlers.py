@@ -15,6 +15,8 @@ HANDLERS: dict[str, Handler] = {}
 
 
 def handles(*names: str) -> Callable[[Handler], Handler]:
+    """Register what emits the canonical form of the ATen operations of these names; its arguments are canonical already."""
+
     def register(handler: Handler) -> Handler:
         HANDLERS.update(dict.fromkeys(names, handler))
         return handler
@@ -27,6 +29,7 @@ class Parts(list):
 
 
 def fill(args: tuple, kwargs: dict, defaults: list, names: list[str]) -> list:
+    """All arguments of a call in the order of `names`."""
     filled = list(args) + defaults[len(args) :]
     for key, given in kwargs.items():
         filled[names.index(key)] = given
@@ -44,5 +47,6 @@ def given_constant(builder: Builder, node: fx.Node) -> torch.Tensor | None:
 
 
 def uncast(builder: Builder, node: fx.Node) -> torch.Tensor:
+    """A constant in the dtype that the model has it in, where that is known."""
     given = given_constant(builder, node)
     return builder.tensor(node) if given is None else given
