@@ -199,8 +199,10 @@ def layers(row: Row, best: dict[str, float]) -> list[dict[str, Any]]:
         kind["steps"] += 1
         kind["ms"] += step.seconds * 1000
         is_view = step.seconds < 2e-5
-        # Winograd's filtering needs 16 multiplications where the direct form needs 36; its transforms are not counted.
-        flops = step.flops * (4 / 9 if "Winograd" in step.operation else 1)
+        # Winograd's filtering needs 16 multiplications where the direct form needs 36, with stride 2 ("in phases") 25; its transforms
+        # are not counted.
+        by = 1 if "Winograd" not in step.operation else 25 / 36 if "in phases" in step.operation else 4 / 9
+        flops = step.flops * by
         floor = max(flops / best["flops"], 0 if is_view else step.bytes / best["bytes"])
         kind["floor_ms"] += floor * 1000
     ordered = sorted(kinds.items(), key=lambda item: -item[1]["ms"])

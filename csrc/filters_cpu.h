@@ -116,26 +116,28 @@ inline void lay_out_cell(const FilterArguments& a, std::int64_t panel, std::int6
   }
 }
 
-// G g: the rows 0, (0 + 1 + 2) / 2, (0 - 1 + 2) / 2, 2.
+// G g: the rows 0, (0 + 1 + 2) / 2, (0 - 1 + 2) / 2, 2; for stride 2 the rows 0, 0 + 2, 2, 1.
+template <bool kStrided>
 inline void transform_filter(const Lanes g[3], Lanes out[4]) {
   const Lanes half = lanes(0.5f), outer = g[0] + g[2];
   out[0] = g[0];
-  out[1] = (outer + g[1]) * half;
-  out[2] = (outer - g[1]) * half;
-  out[3] = g[2];
+  out[1] = kStrided ? outer : (outer + g[1]) * half;
+  out[2] = kStrided ? g[2] : (outer - g[1]) * half;
+  out[3] = kStrided ? g[1] : g[2];
 }
 
 // `to` is where the panel's row of a channel begins; that of the next point lies point_stride further.
+template <bool kStrided>
 inline void put_transformed(const Lanes g[9], float* to, std::int64_t point_stride) {
   Lanes half[3][4];  // [column][row]
   for (int j = 0; j < 3; ++j) {
     const Lanes column[3] = {g[j], g[3 + j], g[6 + j]};
-    transform_filter(column, half[j]);
+    transform_filter<kStrided>(column, half[j]);
   }
   for (int row = 0; row < 4; ++row) {
     const Lanes across[3] = {half[0][row], half[1][row], half[2][row]};
     Lanes transformed[4];
-    transform_filter(across, transformed);
+    transform_filter<kStrided>(across, transformed);
     for (int j = 0; j < 4; ++j) {
       put(to + (row * 4 + j) * point_stride, transformed[j]);
     }
@@ -156,7 +158,8 @@ void winograd_filters(const FilterArguments& a, std::int64_t begin, std::int64_t
       for (int tap = 0; tap < 9; ++tap) {
         g[tap] = lanes(taps[tap] + at);
       }
-      put_transformed(g, a.result + i * kPanel + at, point_stride);
+      float* to = a.result + i * kPanel + at;
+      a.strided ? put_transformed<true>(g, to, point_stride) : put_transformed<false>(g, to, point_stride);
     }
   }
 }

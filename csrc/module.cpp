@@ -307,7 +307,7 @@ lrpfast::EpilogueOf<T> epilogue(const EpilogueTuple& given) {
 template <typename T, void (*lrpfast::Kernels::*kKernel)(const WinogradArguments<T>&, std::int64_t, std::int64_t)>
 void winograd(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t result, std::uintptr_t workspace,
               std::int64_t images, Pair size, Pair out_size, Pair padding, std::int64_t channels, std::int64_t filters,
-              std::int64_t block, std::int64_t chunk, EpilogueTuple then, int threads) {
+              std::int64_t block, std::int64_t chunk, int form, EpilogueTuple then, int threads) {
   run_shares<WinogradArguments<T>, kKernel>({reinterpret_cast<const T*>(input),
                                              reinterpret_cast<const T*>(weight),
                                              reinterpret_cast<T*>(result),
@@ -321,6 +321,7 @@ void winograd(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t result
                                              block,
                                              chunk,
                                              threads,
+                                             static_cast<lrpfast::WinogradForm>(form),
                                              epilogue<T>(then)});
 }
 
@@ -328,7 +329,7 @@ void winograd(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t result
 using FilterTuple = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, Pair, std::int64_t, std::int64_t,
                                std::uintptr_t, bool, Scales>;
 
-FilterArguments filters_of(const FilterTuple& tuple, std::uintptr_t result) {
+FilterArguments filters_of(const FilterTuple& tuple, std::uintptr_t result, bool strided) {
   const auto& [given, filter_stride, channel_stride, tap_strides, filters, channels, factors, of_channel, scales] = tuple;
   return {floats(given),
           filter_stride,
@@ -340,11 +341,12 @@ FilterArguments filters_of(const FilterTuple& tuple, std::uintptr_t result) {
           of_channel,
           scales != Scales{1.0, 1.0},
           {static_cast<float>(scales[0]), static_cast<float>(scales[1])},
-          reinterpret_cast<float*>(result)};
+          reinterpret_cast<float*>(result),
+          strided};
 }
 
-void winograd_filters(FilterTuple given, std::uintptr_t result, int threads) {
-  const FilterArguments arguments = filters_of(given, result);
+void winograd_filters(FilterTuple given, std::uintptr_t result, bool strided, int threads) {
+  const FilterArguments arguments = filters_of(given, result, strided);
   lrpfast::parallel_for(
       arguments.filters / 32, row_grain(32 * arguments.channels), 1, threads,
       [](const void* context, std::int64_t begin, std::int64_t end) {
@@ -356,7 +358,7 @@ void winograd_filters(FilterTuple given, std::uintptr_t result, int threads) {
 void convolution(std::uintptr_t input, FilterTuple weight, std::uintptr_t result, std::uintptr_t workspace,
                  std::int64_t images, Pair size, Pair out_size, Pair kernel, Pair stride, Pair padding, Pair dilation,
                  bool transposed, std::int64_t block, EpilogueTuple then, int threads) {
-  const FilterArguments filters = filters_of(weight, 0);
+  const FilterArguments filters = filters_of(weight, 0, false);
   run_shares<ConvolutionArguments, &lrpfast::Kernels::convolution>({floats(input),
                                                                     filters,
                                                                     reinterpret_cast<float*>(result),

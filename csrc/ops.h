@@ -124,18 +124,22 @@ struct EpilogueOf {
 };
 using Epilogue = EpilogueOf<float>;
 
-// result = convolution of images with 3 x 3 filters, stride 1 (winograd_cpu.h): channels-last; T as above. Channels are a multiple
-// of 16, filters of 32.
+// The layers that Winograd's filtering is for: 3 x 3 filters, stride 1 (a transpose is one, too), stride 2, and the transpose of the latter.
+enum class WinogradForm : int { kUnitStride = 0, kStrided = 1, kStridedTranspose = 2 };
+
+// result = convolution of images with 3 x 3 filters, or its transpose (winograd_cpu.h): channels-last; T as above. Channels are a
+// multiple of 16, filters of 32.
 template <typename T>
 struct WinogradArguments {
   const T* input;    // [images, size, channels]
   const T* weight;   // G g G', [16][filters / 32][channels][32]; of bfloat16 pairs of channels, [..][channels / 2][32][2]
   T* result;         // [images, out_size, filters]
-  float* workspace;  // shares * 16 * block * (channels + chunk + 32) floats, of bfloat16 (channels / 2 + ..)
+  float* workspace;  // shares times what winograd_workspace says
   std::int64_t images, size[2], out_size[2], padding[2], channels, filters;
   std::int64_t block;   // tiles that are worked on at a time
   std::int64_t chunk;   // filters that are worked on at a time, a multiple of 32
   std::int64_t shares;  // parts that tiles are dealt into, one a thread
+  WinogradForm form;
   EpilogueOf<T> epilogue;
 };
 
@@ -150,6 +154,7 @@ struct FilterArguments {
   bool scaled;
   float scales[2];
   float* result;  // G g G' of 3 x 3 filters as `winograd` takes them, [16][filters / 32][channels][32]
+  bool strided;   // for stride 2, or its transpose
 };
 
 // result = convolution of images with 1 x 1 filters (pointwise_cpu.h): channels-last; T as above. There may be two weights, of which

@@ -1,11 +1,14 @@
-// A 3 x 3 convolution of stride 1 with 2.25 times fewer multiplications: Winograd's minimal filtering F(2 x 2, 3 x 3), Lavin
+// 3 x 3 convolutions of stride 1 and 2, and the transposes of the latter, with fewer multiplications: Winograd's minimal filtering, Lavin
 // and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015.
 //
-// Each 2 x 2 tile of the result comes from a 4 x 4 tile of the input: Y = A' [(G g G') * (B' d B)] A, where the elementwise
-// products, summed over channels, are 16 products of matrices. Sums over channels are as long as in the direct form's ninth,
-// so rounding is no worse than there (measured in tests/test_ops_products.py). A value of the result depends on its own window
-// alone, in rounding errors too: a window of zeros gives zero exactly, which ratios rely on. Larger tiles would save more and
-// lose digits.
+// A tile of the result comes from a tile of the input: Y = A' [(G g G') * (B' d B)] A, where the elementwise products, summed over
+// channels, are products of matrices. Stride 1 is F(2 x 2, 3 x 3), 16 multiplications where the direct form has 36. With stride 2
+// every second place of the input meets the outer taps alone, which is F(2, 2), and the places between the middle one alone: along an
+// axis 5 multiplications for 6, in all 25 for 36. The same holds for places of its transpose's result.
+//
+// Sums over channels are as long as in the direct form's ninth, so rounding is no worse than there (measured in
+// tests/test_ops_products.py). A value of the result depends on its own window alone, in rounding errors too: a window of zeros gives
+// zero exactly, which ratios rely on. Larger tiles would save more and lose digits.
 //
 // In bfloat16 tiles are transformed in float32 and rounded for the products alone, whose sums are in float32 up to the epilogue. The
 // rounding of four values' sums in place of one value's, both ways, makes the error of a layer 5 / 3 as large. The instructions count
@@ -17,144 +20,237 @@
 namespace lrpfast {
 namespace {
 
-constexpr int kTile = 4, kPoints = kTile * kTile;
+// The forms, along one axis: from kInput values of a tile come kOperands operands (B' d); product i is that of operand(i) and filter(i),
+// of which there are kFilters (G g, see filters_cpu.h); the kResult results are sums of products (A' m). The next tile's input begins
+// kInputStep further on. The first tile's begins at input_begin(padding), its result at result_begin(padding), which may be outside.
 
-// B' d: the rows 0 - 2, 1 + 2, 2 - 1, 1 - 3.
-inline void transform_input(const Lanes d[4], Lanes out[4]) {
-  out[0] = d[0] - d[2];
-  out[1] = d[1] + d[2];
-  out[2] = d[2] - d[1];
-  out[3] = d[1] - d[3];
-}
+constexpr int kFilters = 4;
 
-struct TileGrid {
-  std::int64_t rows, columns;
+struct UnitStride {
+  static constexpr int kInput = 4, kInputStep = 2, kOperands = 4, kProducts = 4, kResult = 2;
+  static constexpr int operand(int i) { return i; }
+  static constexpr int filter(int i) { return i; }
+  static std::int64_t input_begin(std::int64_t padding) { return -padding; }
+  static std::int64_t result_begin(std::int64_t) { return 0; }
+
+  static void operands(const Lanes d[kInput], Lanes out[kOperands]) {
+    out[0] = d[0] - d[2];
+    out[1] = d[1] + d[2];
+    out[2] = d[2] - d[1];
+    out[3] = d[1] - d[3];
+  }
+  static void results(const Lanes m[kProducts], Lanes out[kResult]) {
+    out[0] = m[0] + m[1] + m[2];
+    out[1] = m[1] - m[2] - m[3];
+  }
 };
 
-template <typename T>
-inline TileGrid tile_grid(const WinogradArguments<T>& a) { return {(a.out_size[0] + 1) / 2, (a.out_size[1] + 1) / 2}; }
+struct Strided {
+  static constexpr int kInput = 5, kInputStep = 4, kOperands = 5, kProducts = 5, kResult = 2;
+  static constexpr int operand(int i) { return i; }
+  static constexpr int filter(int i) { return i < 3 ? i : 3; }
+  static std::int64_t input_begin(std::int64_t padding) { return -padding; }
+  static std::int64_t result_begin(std::int64_t) { return 0; }
 
-// The transformed 4 x 4 tile of the input at (y, x), which may reach over its edges, all channels.
-template <typename T>
+  static void operands(const Lanes d[kInput], Lanes out[kOperands]) {
+    out[0] = d[0] - d[2];
+    out[1] = d[2];
+    out[2] = d[4] - d[2];
+    out[3] = d[1];
+    out[4] = d[3];
+  }
+  static void results(const Lanes m[kProducts], Lanes out[kResult]) {
+    out[0] = m[0] + m[1] + m[3];
+    out[1] = m[1] + m[2] + m[4];
+  }
+};
+
+// A tile's first place meets the middle tap.
+struct StridedTranspose {
+  static constexpr int kInput = 3, kInputStep = 2, kOperands = 4, kProducts = 5, kResult = 4;
+  static constexpr int operand(int i) { return i < 4 ? i : 1; }
+  static constexpr int filter(int i) { return i < 3 ? i : 3; }
+  static std::int64_t input_begin(std::int64_t padding) { return padding == 0 ? -1 : 0; }
+  static std::int64_t result_begin(std::int64_t padding) { return padding == 1 ? 0 : -1; }
+
+  static void operands(const Lanes d[kInput], Lanes out[kOperands]) {
+    out[0] = d[0] - d[1];
+    out[1] = d[1];
+    out[2] = d[2] - d[1];
+    out[3] = d[0];
+  }
+  static void results(const Lanes m[kProducts], Lanes out[kResult]) {
+    out[0] = m[3];
+    out[1] = m[0] + m[1];
+    out[2] = m[4];
+    out[3] = m[1] + m[2];
+  }
+};
+
+template <typename Form>
+inline std::int64_t tiles_along(std::int64_t result, std::int64_t padding) {
+  return (result - Form::result_begin(padding) + Form::kResult - 1) / Form::kResult;
+}
+
+// Where the tiles lie, counted over all images.
+template <typename Form, typename T>
+struct TileGrid {
+  std::int64_t rows, columns, input_begin[2], result_begin[2];
+
+  explicit TileGrid(const WinogradArguments<T>& a)
+      : rows(tiles_along<Form>(a.out_size[0], a.padding[0])), columns(tiles_along<Form>(a.out_size[1], a.padding[1])) {
+    for (int axis = 0; axis < 2; ++axis) {
+      input_begin[axis] = Form::input_begin(a.padding[axis]), result_begin[axis] = Form::result_begin(a.padding[axis]);
+    }
+  }
+
+  std::int64_t image(std::int64_t tile) const { return tile / (rows * columns); }
+  std::int64_t place(std::int64_t tile, int axis) const {
+    return axis == 0 ? tile / columns % rows : tile % columns;
+  }
+  std::int64_t input(std::int64_t tile, int axis) const { return place(tile, axis) * Form::kInputStep + input_begin[axis]; }
+  std::int64_t result(std::int64_t tile, int axis) const { return place(tile, axis) * Form::kResult + result_begin[axis]; }
+};
+
+// The operands of the tile of the input at (y, x), which may reach over its edges, all channels.
+template <typename Form, typename T>
 void load_tile(const WinogradArguments<T>& a, const T* image, std::int64_t y, std::int64_t x, T* out,
-               std::int64_t point_stride) {
+               std::int64_t operand_stride) {
+  constexpr int kInput = Form::kInput, kOperands = Form::kOperands;
   const std::int64_t channels = a.channels;
-  const bool inside = y >= 0 && x >= 0 && y + kTile <= a.size[0] && x + kTile <= a.size[1];
+  const bool inside = y >= 0 && x >= 0 && y + kInput <= a.size[0] && x + kInput <= a.size[1];
   for (std::int64_t c = 0; c < channels; c += kLanes) {
-    Lanes half[kTile][kTile];  // [column][row]
-#pragma GCC unroll 4
-    for (int j = 0; j < kTile; ++j) {
-      Lanes d[kTile];
-#pragma GCC unroll 4
-      for (int i = 0; i < kTile; ++i) {
+    Lanes half[kOperands][kInput];  // [row][column]
+#pragma GCC unroll 5
+    for (int j = 0; j < kInput; ++j) {
+      Lanes d[kInput], transformed[kOperands];
+#pragma GCC unroll 5
+      for (int i = 0; i < kInput; ++i) {
         const std::int64_t row = y + i, column = x + j;
         const bool there = inside || (row >= 0 && row < a.size[0] && column >= 0 && column < a.size[1]);
         d[i] = there ? lanes(image + (row * a.size[1] + column) * channels + c) : Lanes{};
       }
-      transform_input(d, half[j]);
+      Form::operands(d, transformed);
+#pragma GCC unroll 5
+      for (int i = 0; i < kOperands; ++i) {
+        half[i][j] = transformed[i];
+      }
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < kTile; ++i) {
-      const Lanes d[kTile] = {half[0][i], half[1][i], half[2][i], half[3][i]};
-      Lanes transformed[kTile];
-      transform_input(d, transformed);
-#pragma GCC unroll 4
-      for (int j = 0; j < kTile; ++j) {
-        put(out + (i * kTile + j) * point_stride + c, transformed[j]);
+#pragma GCC unroll 5
+    for (int i = 0; i < kOperands; ++i) {
+      Lanes transformed[kOperands];
+      Form::operands(half[i], transformed);
+#pragma GCC unroll 5
+      for (int j = 0; j < kOperands; ++j) {
+        put(out + (i * kOperands + j) * operand_stride + c, transformed[j]);
       }
     }
   }
 }
 
-// A' m: the sums 0 + 1 + 2 and 1 - 2 - 3.
-inline void transform_output(const Lanes m[4], Lanes out[2]) {
-  out[0] = m[0] + m[1] + m[2];
-  out[1] = m[1] - m[2] - m[3];
-}
-
-// The 2 x 2 tile of an image's result at (y, x), `count` filters from `filter` on.
-template <typename T>
+// The tile of an image's result at (y, x), which may reach over its edges, `count` filters from `filter` on.
+template <typename Form, typename T>
 void store_tile(const WinogradArguments<T>& a, std::int64_t image, std::int64_t y, std::int64_t x, std::int64_t filter,
-                std::int64_t count, const float* products, std::int64_t point_stride) {
+                std::int64_t count, const float* products, std::int64_t product_stride) {
+  constexpr int kProducts = Form::kProducts, kResult = Form::kResult;
   for (std::int64_t c = 0; c < count; c += kLanes) {
-    Lanes half[kTile][2];  // [column][row]
-#pragma GCC unroll 4
-    for (int j = 0; j < kTile; ++j) {
-      Lanes m[kTile];
-#pragma GCC unroll 4
-      for (int i = 0; i < kTile; ++i) {
-        m[i] = lanes(products + (i * kTile + j) * point_stride + c);
+    Lanes half[kResult][kProducts];  // [row][column]
+#pragma GCC unroll 5
+    for (int j = 0; j < kProducts; ++j) {
+      Lanes m[kProducts], sums[kResult];
+#pragma GCC unroll 5
+      for (int i = 0; i < kProducts; ++i) {
+        m[i] = lanes(products + (i * kProducts + j) * product_stride + c);
       }
-      transform_output(m, half[j]);
+      Form::results(m, sums);
+#pragma GCC unroll 4
+      for (int i = 0; i < kResult; ++i) {
+        half[i][j] = sums[i];
+      }
     }
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      const Lanes m[kTile] = {half[0][i], half[1][i], half[2][i], half[3][i]};
-      Lanes pair[2];
-      transform_output(m, pair);
-#pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
-        if (y + i >= a.out_size[0] || x + j >= a.out_size[1]) {
-          continue;
+#pragma GCC unroll 4
+    for (int i = 0; i < kResult; ++i) {
+      Lanes sums[kResult];
+      Form::results(half[i], sums);
+#pragma GCC unroll 4
+      for (int j = 0; j < kResult; ++j) {
+        const std::int64_t row = y + i, column = x + j;
+        if (row >= 0 && row < a.out_size[0] && column >= 0 && column < a.out_size[1]) {
+          finish(a.epilogue, sums[j], filter + c, a.result,
+                 ((image * a.out_size[0] + row) * a.out_size[1] + column) * a.filters + filter + c);
         }
-        finish(a.epilogue, pair[j], filter + c, a.result,
-               ((image * a.out_size[0] + y + i) * a.out_size[1] + x + j) * a.filters + filter + c);
       }
     }
   }
 }
 
-// Floats of a workspace: a block's transformed inputs, then products.
-template <typename T>
+// Floats of a workspace: a block's operands, then products.
+template <typename Form, typename T>
 inline std::int64_t winograd_workspace(const WinogradArguments<T>& a) {
-  return kPoints * a.block * (a.channels / kValuesAFloat<T> + kSkew + a.chunk + kSkew);
+  return a.block * (Form::kOperands * Form::kOperands * (a.channels / kValuesAFloat<T> + kSkew) +
+                    Form::kProducts * Form::kProducts * (a.chunk + kSkew));
 }
 
 // The tiles [begin, end), counted over all images, with the help of a workspace.
-template <typename T>
+template <typename Form, typename T>
 void winograd_tiles(const WinogradArguments<T>& a, std::int64_t begin, std::int64_t end, float* workspace) {
   constexpr std::int64_t kValues = kValuesAFloat<T>;
-  const TileGrid grid = tile_grid(a);
-  const std::int64_t tiles_an_image = grid.rows * grid.columns;
+  const TileGrid<Form, T> grid(a);
   const std::int64_t depth = a.channels / kValues, stride = depth + kSkew, chunk_stride = a.chunk + kSkew;
-  T* inputs = reinterpret_cast<T*>(workspace);
+  T* operands = reinterpret_cast<T*>(workspace);
   const float* weight = reinterpret_cast<const float*>(a.weight);
-  float* products = workspace + kPoints * a.block * stride;
+  float* products = workspace + Form::kOperands * Form::kOperands * a.block * stride;
   for (std::int64_t first = begin; first < end; first += a.block) {
     const std::int64_t count = smaller(a.block, end - first);
     for (std::int64_t t = 0; t < count; ++t) {
-      const std::int64_t image = (first + t) / tiles_an_image, tile = (first + t) % tiles_an_image;
-      load_tile(a, a.input + image * a.size[0] * a.size[1] * a.channels, tile / grid.columns * 2 - a.padding[0],
-                tile % grid.columns * 2 - a.padding[1], inputs + t * stride * kValues, a.block * stride * kValues);
+      const std::int64_t tile = first + t;
+      load_tile<Form>(a, a.input + grid.image(tile) * a.size[0] * a.size[1] * a.channels, grid.input(tile, 0),
+                      grid.input(tile, 1), operands + t * stride * kValues, a.block * stride * kValues);
     }
     for (std::int64_t filter = 0; filter < a.filters; filter += a.chunk) {
       const std::int64_t width = smaller(a.chunk, a.filters - filter);
-      for (int point = 0; point < kPoints; ++point) {
+      for (int point = 0; point < Form::kProducts * Form::kProducts; ++point) {
+        const int i = point / Form::kProducts, j = point % Form::kProducts;
+        const std::int64_t operand = Form::operand(i) * Form::kOperands + Form::operand(j);
+        const std::int64_t filter_point = Form::filter(i) * kFilters + Form::filter(j);
         for (std::int64_t f = 0; f < width; f += kPanel) {
           float* to = products + point * a.block * chunk_stride + f;
           multiply_panel<kFactorsOf<T>>(
-              count, workspace + point * a.block * stride, stride, weight + (point * a.filters + filter + f) * depth,
-              depth, kPanel,
+              count, workspace + operand * a.block * stride, stride,
+              weight + (filter_point * a.filters + filter + f) * depth, depth, kPanel,
               [=](std::int64_t row, std::int64_t column, Lanes sum) { put(to + row * chunk_stride + column, sum); });
         }
       }
       for (std::int64_t t = 0; t < count; ++t) {
-        const std::int64_t image = (first + t) / tiles_an_image, tile = (first + t) % tiles_an_image;
-        store_tile(a, image, tile / grid.columns * 2, tile % grid.columns * 2, filter, width,
-                   products + t * chunk_stride, a.block * chunk_stride);
+        const std::int64_t tile = first + t;
+        store_tile<Form>(a, grid.image(tile), grid.result(tile, 0), grid.result(tile, 1), filter, width,
+                         products + t * chunk_stride, a.block * chunk_stride);
       }
     }
+  }
+}
+
+template <typename Form, typename T>
+void winograd_of(const WinogradArguments<T>& a, std::int64_t begin, std::int64_t end) {
+  const TileGrid<Form, T> grid(a);
+  const std::int64_t tiles = a.images * grid.rows * grid.columns;
+  const std::int64_t share = (tiles + a.shares - 1) / a.shares;
+  for (std::int64_t i = begin; i < end; ++i) {
+    winograd_tiles<Form>(a, smaller(tiles, i * share), smaller(tiles, (i + 1) * share),
+                         a.workspace + i * winograd_workspace<Form>(a));
   }
 }
 
 // The shares [begin, end) of a.shares equal ones; each has its own workspace.
 template <typename T>
 void winograd(const WinogradArguments<T>& a, std::int64_t begin, std::int64_t end) {
-  const TileGrid grid = tile_grid(a);
-  const std::int64_t tiles = a.images * grid.rows * grid.columns;
-  const std::int64_t share = (tiles + a.shares - 1) / a.shares;
-  for (std::int64_t i = begin; i < end; ++i) {
-    winograd_tiles(a, smaller(tiles, i * share), smaller(tiles, (i + 1) * share), a.workspace + i * winograd_workspace(a));
+  switch (a.form) {
+    case WinogradForm::kUnitStride:
+      return winograd_of<UnitStride>(a, begin, end);
+    case WinogradForm::kStrided:
+      return winograd_of<Strided>(a, begin, end);
+    case WinogradForm::kStridedTranspose:
+      return winograd_of<StridedTranspose>(a, begin, end);
   }
 }
 

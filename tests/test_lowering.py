@@ -203,7 +203,7 @@ def test_profile_counts_what_a_step_has_to_do() -> None:
 
 
 class Wide(nn.Module):
-    """Layers wide enough for products of our own: `a`, `b` 3 x 3, `p`, `q`, `r` 1 x 1, `d`, `e` depthwise; `run` joins them."""
+    """Layers wide enough for products of our own: `a`, `b`, `c` 3 x 3, `p`, `q`, `r` 1 x 1, `d`, `e` depthwise; `run` joins them."""
 
     def __init__(self, run: Callable[[Wide, Tensor], Tensor]) -> None:
         super().__init__()
@@ -214,6 +214,7 @@ class Wide(nn.Module):
         self.d = nn.Conv2d(32, 32, 3, padding=1, groups=32)
         self.e = nn.Conv2d(32, 32, (5, 3), stride=2, padding=(2, 1), groups=32, bias=False)
         self.head = nn.Linear(32, 5)
+        self.c = nn.Conv2d(32, 32, 3, stride=2, padding=1)
         self.run = run
 
     def forward(self, x: Tensor) -> Tensor:
@@ -226,6 +227,14 @@ def three_by_three(m: Wide, h: Tensor) -> Tensor:
 
 def residual(m: Wide, h: Tensor) -> Tensor:
     return m.b((m.a(h) + h).relu()).relu()
+
+
+def strided(m: Wide, h: Tensor) -> Tensor:
+    return m.b((m.c(h).relu() + h[:, :, ::2, ::2]).relu()).relu()
+
+
+def strided_residual(m: Wide, h: Tensor) -> Tensor:
+    return (m.c(m.a(h).relu()) + m.c(h)).relu()
 
 
 def signed_input(m: Wide, h: Tensor) -> Tensor:
@@ -248,6 +257,12 @@ OWN = {
         "conv_dgrad (by Winograd)",
     ],
     residual: ["convolution (by Winograd)", "ratio (in a convolution by Winograd)"],
+    strided: [
+        "relu (by Winograd in phases, with its ReLU)",
+        "ratio (in a convolution by Winograd in phases)",
+        "conv_dgrad (by Winograd in phases)",
+    ],
+    strided_residual: ["convolution (by Winograd in phases)", "ratio (in a convolution by Winograd in phases)"],
     signed_input: ["ratio (in a convolution as a product)", "where (of two transposes, as a product)"],
     signed_twice: ["where (of two transposes, as a product)"],
     depthwise: [
@@ -388,7 +403,7 @@ def assert_as_good_as_torchs(found: Tensor, model: nn.Module, x: Tensor, how: st
 
 
 @pytest.mark.parametrize("composite", ["epsilon_plus", "epsilon_gamma_box", "epsilon_alpha2_beta1"])
-@pytest.mark.parametrize("run", [three_by_three, residual], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("run", [three_by_three, residual, strided], ids=lambda f: f.__name__)
 def test_large_weights_that_are_transformed_at_each_call_give_the_same(
     run: Callable[[Wide, Tensor], Tensor], composite: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,14 +423,14 @@ def test_large_weights_that_are_transformed_at_each_call_give_the_same(
 
 
 class Normed(nn.Module):
-    """3 x 3 layers with batch norms that are not their beginning."""
+    """3 x 3 layers, the last of stride 2, with batch norms that are not their beginning."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         layers: list[nn.Module] = []
-        for inputs, outputs in ((3, 32), (32, 64), (64, 64)):
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+        for inputs, outputs, stride in ((3, 32, 1), (32, 64, 1), (64, 64, 2)):
+            layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
         self.layers, self.head = nn.Sequential(*layers), nn.Linear(64, 5)
         for norm in self.layers[1::3]:
             assert isinstance(norm, nn.BatchNorm2d)
@@ -442,10 +457,12 @@ def test_bfloat16_by_winograd(composite: str, batch: int, monkeypatch: pytest.Mo
         found = explainer(x, target=2).relevance.double()
         distances[fast] = (torch.linalg.vector_norm(found - exact) / torch.linalg.vector_norm(exact)).item()
         operations[fast] = {step.operation for step in explainer.profile(x, repeats=1)}
-    expected = {"relu (by Winograd, with its ReLU)", "conv_dgrad (by Winograd)"}
+    expected = {f"{name} (by Winograd{how}" for name, how in (
+        ("relu", ", with its ReLU)"), ("relu", " in phases, with its ReLU)"), ("conv_dgrad", ")"), ("conv_dgrad", " in phases)"),
+    )}  # fmt: skip
     if composite == "epsilon_plus":
-        expected.add("ratio (in a convolution by Winograd)")
-    assert expected <= operations[True]
+        expected |= {"ratio (in a convolution by Winograd)", "ratio (in a convolution by Winograd in phases)"}
+    assert expected <= operations[True], operations[True]
     assert not any("Winograd" in operation for operation in operations[False])
     assert distances[True] < 0.03
     assert distances[True] < 1.5 * distances[False]
@@ -568,10 +585,12 @@ class Folded(nn.Module):
 
 @pytest.mark.parametrize("lies", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("composite", ["epsilon_plus", "epsilon_gamma_box", "epsilon_alpha2_beta1"])
+@pytest.mark.parametrize("few", [True, False])
 def test_one_image_is_explained_straight_from_large_weights(
-    composite: str, lies: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+    few: bool, composite: str, lies: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(convolutions, "_LARGE_FOR_ONE", 0)
+    monkeypatch.setattr(convolutions, "_TILES_FOR_ONE", 40 if few else 0)  # for Winograd's filtering
     how = lrpfast.composites.epsilon_gamma_box(low=-4, high=4) if composite == "epsilon_gamma_box" else composite
     model = Folded().eval().to(memory_format=lies)
     x = torch.randn(1, 3, 15, 17, generator=torch.Generator().manual_seed(1))
@@ -579,8 +598,10 @@ def test_one_image_is_explained_straight_from_large_weights(
     found = explainer(x, target=2)
     (compiled,) = explainer._compiled.values()
     steps = compiled.executor(compiled.default_seed, False, 1).steps
-    layers = [arg for step in steps for arg in step.args if isinstance(arg, Direct)]
-    assert {layer.weight.transposed for layer in layers} == {True, False}
+    layers = [arg for step in steps for arg in step.args if isinstance(arg, Direct | Winograd)]
+    assert {(type(layer), layer.weight.transposed) for layer in layers} >= {
+        (kind, back) for kind in ((Direct,) if few else (Direct, Winograd)) for back in (True, False)
+    }
     own = {p.data_ptr() for p in model.parameters()}
     assert all(layer.weight.weight.data_ptr() in own for layer in layers)  # nothing is derived but on the way
     assert_as_good_as_torchs(found.relevance, model, x, how)

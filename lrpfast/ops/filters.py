@@ -58,13 +58,14 @@ class Filters:
         filters, channels, *taps = self.weight.shape
         return (channels, filters, *taps) if self.transposed else (filters, channels, *taps)
 
-    def transformed(self) -> Tensor:
+    def transformed(self, strided: bool = False) -> Tensor:
         """G g Gᵀ of each filter, ``[16, K / 32, C, 32]``, see `lrpfast.ops.products.Winograd`; of 3 x 3 filters, K a multiple of 32
-        and C of 16. Those of a transpose have their taps in reverse, so that it is a convolution."""
+        and C of 16, for stride 1 or 2. Those of a transpose have their taps in reverse, so that with stride 1 it is a convolution."""
         assert native.extension is not None
         filters, channels = self.shape[:2]
         out = floats(16, filters // PANEL, channels, PANEL)
-        native.extension.winograd_filters(self.described(self.transposed), out.data_ptr(), torch.get_num_threads())
+        described = self.described(self.transposed)
+        native.extension.winograd_filters(described, out.data_ptr(), strided, torch.get_num_threads())
         return out
 
     def described(self, reversed_taps: bool = False) -> _Described:

@@ -5,9 +5,10 @@ Four kinds of layers, the first three with their weights laid out once:
 
 - `Winograd`: 3 x 3 filters, stride 1, by Winograd's minimal filtering F(2 x 2, 3 x 3) (csrc/winograd_cpu.h). It takes 4 / 9 of the
   multiplications of the direct form, half its time on large layers, and rounds no worse: sums are nine times shorter. Larger
-  tiles, which would save more, lose digits. A value of the result depends on its own window alone, in rounding errors too: a
-  window of zeros gives zero exactly. Infinities may come out as NaN. In bfloat16 only the transformed tiles and filters are
-  rounded, and the result: the error is that of rounding operands, times 5 / 3.
+  tiles, which would save more, lose digits. With stride 2, and as the transpose of such a layer, by phases and F(2, 2), it takes
+  25 / 36. A value of the result depends on its own window alone, in rounding errors too: a window of zeros gives zero exactly.
+  Infinities may come out as NaN. In bfloat16 only the transformed tiles and filters are rounded, and the result: the error is that
+  of rounding operands, times 5 / 3.
 - `Pointwise`: 1 x 1 filters, a product of matrices (csrc/pointwise_cpu.h). It also takes the positive part of a layer with signed
   input (RULES §2: ``W⁺x⁺ + W⁻x⁻``), and its transpose, in one product, in float32.
 - `Depthwise`: one filter a channel, of any window, or the transpose of such a layer (csrc/depthwise_cpu.h). It is bound by memory.
@@ -31,8 +32,7 @@ from lrpfast.ops.filters import PANEL, Filters, floats
 
 _SKEW = 16  # kSkew of csrc/matrix_cpu.h
 _PLACES = 196  # that are worked on at a time by `Direct`: their rows stay in the second-level cache, or near it
-# Tiles, or about as many, and filters, that are worked on at a time: products stay in the second-level cache.
-_TILES, _CHUNK = 56, 128
+_CHUNK = 128  # filters that are worked on at a time by `Winograd`: products stay in the second-level cache
 
 Clamp = tuple[float, float]  # the smallest and the largest value
 RELU: Clamp = (0.0, math.inf)
@@ -69,19 +69,25 @@ def takes(x: Tensor) -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Winograd:
-    """A 3 x 3 convolution of stride 1.
+    """A 3 x 3 convolution of stride 1 or 2, or the transpose of one of stride 2.
 
     Attributes
     ----------
     weight
         G g Gᵀ of each filter, ``[16, K / 32, C, 32]``; or the filters ``[K, C, 3, 3]``, to be transformed at each call; or for values
-        in bfloat16 pairs of channels, ``[16, K / 32, C / 2, 32, 2]``, bfloat16.
+        in bfloat16 pairs of channels, ``[16, K / 32, C / 2, 32, 2]``, bfloat16. Of a transpose: those of the transpose, taps in reverse.
     padding
         0, 1 or 2, of height and width.
+    stride
+        1 or 2, of height and width.
+    size
+        Of a transpose: height and width of its result; None: a convolution.
     """
 
     weight: Tensor | Filters
     padding: tuple[int, ...]
+    stride: int = 1
+    size: tuple[int, ...] | None = None
 
     @staticmethod
     def fits(
@@ -89,32 +95,36 @@ class Winograd:
         dilation: Sequence[int], groups: int,
     ) -> bool:  # fmt: skip
         """Whether a layer with filters of this shape on images of this size is one."""
-        plain = [*weight_shape[2:]] == [3, 3] and [*stride, *dilation, groups] == [1] * 5
-        if not plain or not all(0 <= p <= 2 for p in padding):
+        plain = [*weight_shape[2:]] == [3, 3] and [*dilation, groups] == [1] * 3
+        if not plain or [*stride] not in ([1, 1], [2, 2]) or not all(0 <= p <= 2 for p in padding):
             return False
         whole = weight_shape[0] % PANEL == 0 and weight_shape[1] % 16 == 0
         return whole and all(n + 2 * p >= 4 for n, p in zip(size, padding, strict=True))  # a tile of results, at least
 
     @classmethod
-    def of(cls, weight: Tensor, padding: Sequence[int]) -> Winograd:
+    def of(cls, weight: Tensor, padding: Sequence[int], stride: int = 1, size: Sequence[int] | None = None) -> Winograd:
         """Lay out filters ``[K, C, 3, 3]``. They are transformed in float64."""
         filters, channels = weight.shape[:2]
         laid_out = floats(16, filters // PANEL, channels, PANEL)
         for panel, own in enumerate(weight.split(PANEL)):  # piece by piece: in float64 a layer is large
-            both = _transform(_transform(own.double(), 2), 3)
+            both = _transform(_transform(own.double(), 2, stride), 3, stride)
             laid_out[:, panel] = both.permute(2, 3, 1, 0).reshape(16, channels, PANEL)
-        return cls(laid_out, tuple(padding))
+        return cls(laid_out, tuple(padding), stride, None if size is None else tuple(size))
 
     @classmethod
-    def in_bfloat16(cls, filters: Filters, padding: Sequence[int]) -> Winograd:
+    def in_bfloat16(
+        cls, filters: Filters, padding: Sequence[int], stride: int = 1, size: Sequence[int] | None = None
+    ) -> Winograd:
         """Lay out filters for values in bfloat16, rounded once, when they are transformed."""
         filters = dataclasses.replace(filters, weight=filters.weight.float())
-        pairs = filters.transformed().unflatten(2, (-1, 2)).transpose(3, 4)
-        return cls(pairs.to(torch.bfloat16, memory_format=torch.contiguous_format), tuple(padding))
+        pairs = filters.transformed(stride == 2).unflatten(2, (-1, 2)).transpose(3, 4).to(torch.bfloat16)
+        return cls(pairs.contiguous(), tuple(padding), stride, None if size is None else tuple(size))
 
     def empty(self, x: Tensor) -> Tensor:
         """Memory for the result."""
-        size = [n + 2 * p - 2 for n, p in zip(x.shape[2:], self.padding, strict=True)]
+        size = self.size
+        if size is None:
+            size = _result_size(x.shape[2:], [3, 3], [self.stride] * 2, self.padding, [1, 1])
         weight = self.weight
         filters = weight.shape[0] if isinstance(weight, Filters) else weight.shape[1] * PANEL
         return _images(x.shape[0], filters, size, x.dtype)
@@ -122,25 +132,47 @@ class Winograd:
     def run(self, x: Tensor, out: Tensor, then: _Then) -> Tensor:
         assert native.extension is not None
         channels, filters = x.shape[1], out.shape[1]
-        weight = self.weight.transformed() if isinstance(self.weight, Filters) else self.weight
+        weight = self.weight.transformed(self.stride == 2) if isinstance(self.weight, Filters) else self.weight
+        form = _UNIT_STRIDE if self.stride == 1 else _STRIDED if self.size is None else _STRIDED_TRANSPOSE
         chunk, threads = min(_CHUNK, filters), torch.get_num_threads()
-        tiles = out.shape[0] * math.prod(-(-n // 2) for n in out.shape[2:])
-        share = max(1, -(-tiles // threads))
+        share = max(1, -(-form.tiles(out) // threads))
         # Equal blocks: for a small last one all weights would be read once more.
-        block = -(-share // max(1, round(share / _TILES)))
+        block = -(-share // max(1, round(share / form.at_once)))
         narrow = weight.dtype is torch.bfloat16
         depth = channels // 2 if narrow else channels
-        workspace = floats(threads * 16 * block * (depth + chunk + 2 * _SKEW))
+        workspace = floats(threads * block * (form.operands * (depth + _SKEW) + form.products * (chunk + _SKEW)))
         (native.extension.winograd_bfloat16 if narrow else native.extension.winograd)(
             x.data_ptr(), weight.data_ptr(), out.data_ptr(), workspace.data_ptr(), x.shape[0], x.shape[2:],
-            out.shape[2:], self.padding, channels, filters, block, chunk, then, threads,
+            out.shape[2:], self.padding, channels, filters, block, chunk, form.number, then, threads,
         )  # fmt: skip
         return out
 
 
-def _transform(g: Tensor, dim: int) -> Tensor:
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """A form of Winograd's filtering: WinogradForm of csrc/ops.h, and of csrc/winograd_cpu.h its numbers of operands, products and
+    results of a tile. `at_once`: tiles, or about as many, that are worked on at a time, so that products stay in the second-level cache.
+    """
+
+    number: int
+    operands: int
+    products: int
+    result: int
+    at_once: int
+
+    def tiles(self, out: Tensor) -> int:
+        """About as many as a result has: the first may begin outside of it."""
+        return out.shape[0] * math.prod(-(-n // self.result) for n in out.shape[2:])
+
+
+_UNIT_STRIDE, _STRIDED, _STRIDED_TRANSPOSE = _Form(0, 16, 16, 2, 56), _Form(1, 25, 25, 2, 44), _Form(2, 16, 25, 4, 44)
+
+
+def _transform(g: Tensor, dim: int, stride: int) -> Tensor:
     first, middle, last = g.unbind(dim)
     outer = first + last
+    if stride == 2:
+        return torch.stack([first, outer, last, middle], dim)
     return torch.stack([first, (outer + middle) / 2, (outer - middle) / 2, last], dim)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ _SHOWN = {"relu": "ReLU", "hardtanh": "clamp"}
 
 # Ways to compute a layer, as `plan()` shows them.
 _DIRECT, _TRANSPOSED, _BACKWARD = "as a convolution", "as a transposed convolution", "torch's backward"
-_OWN = {
+_OWN: dict[type, str] = {
     Winograd: "by Winograd", Pointwise: "as a product", Depthwise: "channel by channel", Direct: "straight from its weight",
 }  # fmt: skip
 
@@ -125,7 +125,7 @@ class Convolutions:
 
         def own(made: Product) -> list[Step]:
             args = (made, x, bias, carrier, message, other[0] if other else None, node.args[-1], out)
-            note = f"in a convolution {_OWN[type(made)]}"
+            note = f"in a convolution {_name(type(made), convolution.args[3])}"
             return [Step(node, products.convolution_ratio, args, note=note, computes=(convolution,))]
 
         kind, layer_of = make
@@ -201,7 +201,8 @@ class Convolutions:
 
     def _own(self, node: fx.Node, layer: Product, activation: fx.Node | None) -> list[Step]:
         bias = node.args[2] if node.target is aten.convolution.default else None
-        note = _OWN[type(layer)] + (f", with its {_SHOWN[operation_name(activation)]}" if activation else "")
+        with_it = f", with its {_SHOWN[operation_name(activation)]}" if activation else ""
+        note = _name(type(layer), node.args[3]) + with_it
         args = (layer, node.args[0], bias, None if activation is None else _clamp(activation))
         return [Step(activation or node, products.convolution, args, note=note, computes=(node,))]
 
@@ -216,53 +217,63 @@ class Convolutions:
         narrow = value(x).dtype is torch.bfloat16
         if narrow and not products.multiplies_bfloat16():
             return None
-        shape, sizes = tuple(value(weight).shape), static_sizes(x, (2, 3))
+        shape = tuple(value(weight).shape)
         stride, padding, dilation, groups = (node.args[i] for i in ((3, 4, 5, 8) if is_forward else (3, 4, 5, 6)))
         windows = (tuple(stride), tuple(padding), tuple(dilation), None if is_forward else tuple(node.args[2]))
         if Depthwise.fits(shape, groups) and not narrow:
             make = functools.partial(self._prepare, weight, f"depthwise {windows}", lambda t: Depthwise.of(t, *windows))
             return _OWN[Depthwise], make
         at_call = self._is_made_at_call(weight) and Direct.fits(shape, groups) and not by_sign
-        direct = _OWN[Direct], lambda: Direct(self._filters(weight, not is_forward), *windows)
+        winograd = self._winograd(node, at_call)
+        if winograd is not None:
+            return winograd
+        if at_call:
+            return _OWN[Direct], lambda: Direct(self._filters(weight, not is_forward), *windows)
         if not is_forward:
             if not self._is_plain(node):
-                return direct if at_call else None
-            padding = [d * (k - 1) - p for d, k, p in zip(dilation, shape[2:], padding, strict=True)]
-            shape = (shape[1], shape[0], *shape[2:])
-
-        def arranged(t: torch.Tensor) -> torch.Tensor:
-            return t if is_forward else flipped_weight(t, 1)
-
-        kind = f"{'' if is_forward else 'flipped '}{stride} {padding}"
-        too_few = at_call and self._tiles(sizes) < _TILES_FOR_ONE  # to be worth transforming a weight
-        if Winograd.fits(shape, sizes, stride, padding, dilation, groups) and not too_few:
-            if narrow:
-                return _OWN[Winograd], functools.partial(
-                    self._prepare, weight, f"winograd {kind}",
-                    lambda t: Winograd.in_bfloat16(self._filters(weight, not is_forward), padding),
-                )  # fmt: skip
-            if at_call or self._transforms_at_call(shape, sizes):
-                return _OWN[Winograd], lambda: Winograd(self._filters(weight, not is_forward), tuple(padding))
-            make = functools.partial(
-                self._prepare, weight, f"winograd {kind}", lambda t: Winograd.of(arranged(t), padding)
-            )
-            return _OWN[Winograd], make
-        if at_call:
-            return direct
+                return None
+            padding, shape = _inverse_padding(node), (shape[1], shape[0], *shape[2:])
         if Pointwise.fits(shape, padding, groups, value(x).dtype) and not (narrow and by_sign):
             make = functools.partial(
-                self._prepare, weight, f"product {kind}", lambda t: Pointwise.of(arranged(t), stride)
-            )
+                self._prepare, weight, f"product {'' if is_forward else 'flipped '}{stride}",
+                lambda t: Pointwise.of(t if is_forward else flipped_weight(t, 1), stride),
+            )  # fmt: skip
             return _OWN[Pointwise], make
         return None
 
-    def _tiles(self, size: list[int]) -> int:
-        """Winograd's, of a batch."""
-        return self.batch * math.prod(-(-n // 2) for n in size)
-
-    def _transforms_at_call(self, weight_shape: tuple[int, ...], size: list[int]) -> bool:
-        """Whether a layer has weights large enough, and tiles enough to spread the time over, to transform them at each call."""
-        return 16 * 4 * math.prod(weight_shape[:2]) >= _LARGE_WEIGHT and self._tiles(size) >= _ENOUGH_TILES
+    def _winograd(self, node: fx.Node, at_call: bool) -> tuple[str, Callable[[], Product]] | None:
+        """A layer, or a transpose, by Winograd's filtering, where that takes it. A transpose of stride 1 is a plain convolution."""
+        is_forward = node.target is aten.convolution.default
+        x, weight = node.args[:2]
+        stride, padding, dilation, groups = (node.args[i] for i in ((3, 4, 5, 8) if is_forward else (3, 4, 5, 6)))
+        shape, sizes, size = tuple(value(weight).shape), static_sizes(x, (2, 3)), None
+        if not is_forward:
+            shape = (shape[1], shape[0], *shape[2:])
+            if self._is_plain(node):
+                padding = _inverse_padding(node)
+            elif [*stride] == [2, 2]:
+                size = tuple(node.args[2])
+            else:
+                return None
+        tiles = self.batch * math.prod(-(-n // (2 * t)) for n, t in zip(size or sizes, stride, strict=True))
+        too_few = at_call and tiles < _TILES_FOR_ONE  # to be worth transforming a weight
+        if too_few or not Winograd.fits(shape, size or sizes, stride, padding, dilation, groups):
+            return None
+        name, form = _name(Winograd, stride), (tuple(padding), stride[0], size)
+        kind = f"winograd {'' if is_forward else 'flipped '}{form}"
+        if value(x).dtype is torch.bfloat16:
+            return name, functools.partial(
+                self._prepare,
+                weight,
+                kind,
+                lambda t: Winograd.in_bfloat16(self._filters(weight, not is_forward), *form),
+            )
+        many = 16 * 4 * math.prod(shape[:2]) >= _LARGE_WEIGHT and tiles >= _ENOUGH_TILES  # to spread the time over
+        if at_call or many:
+            return name, lambda: Winograd(self._filters(weight, not is_forward), *form)
+        return name, functools.partial(
+            self._prepare, weight, kind, lambda t: Winograd.of(t if is_forward else flipped_weight(t, 1), *form)
+        )
 
     def _is_made_at_call(self, weight: fx.Node) -> bool:
         """Whether a weight is so large beside the values of a batch that no other form of it is kept."""
@@ -383,7 +394,7 @@ class Convolutions:
     ) -> tuple[fx.Node, torch.Tensor, None, list[int], list[int], list[int], int]:
         """Operands of the plain convolution that a transpose is."""
         s, weight, _, stride, padding, dilation, groups = node.args
-        inverse = [d * (k - 1) - p for d, k, p in zip(dilation, value(weight).shape[2:], padding, strict=True)]
+        inverse = _inverse_padding(node)
 
         def flip(t: torch.Tensor) -> torch.Tensor:
             return _channels_last(flipped_weight(t, groups))
@@ -410,6 +421,17 @@ class Convolutions:
             kind,
             lambda t: torch.ops.mkldnn._reorder_convolution_weight(arrange(t), padding, stride, dilation, groups, size),
         )
+
+
+def _inverse_padding(node: fx.Node) -> list[int]:
+    """That of the plain convolution that a transpose is."""
+    _, weight, _, _, padding, dilation, _ = node.args
+    return [d * (k - 1) - p for d, k, p in zip(dilation, value(weight).shape[2:], padding, strict=True)]
+
+
+def _name(kind: type[Product], stride: Sequence[int]) -> str:
+    """A way of our own as `plan()` shows it."""
+    return _OWN[kind] + (" in phases" if kind is Winograd and stride[0] == 2 else "")
 
 
 def _one_dnn(node: fx.Node) -> bool:

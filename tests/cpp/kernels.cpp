@@ -278,46 +278,84 @@ double convolved(const std::vector<float>& x, const std::vector<float>& weight, 
 }
 
 // G g G' of a filter that lies row by row.
-double transformed(const float* g, int point) {
-  const double matrix[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+double transformed(const float* g, int point, bool strided) {
+  const double unit[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+  const double phases[4][3] = {{1, 0, 0}, {1, 0, 1}, {0, 0, 1}, {0, 1, 0}};
   double sum = 0;
   for (int tap = 0; tap < 9; ++tap) {
-    sum += matrix[point / 4][tap / 3] * g[tap] * matrix[point % 4][tap % 3];
+    const double *row = (strided ? phases : unit)[point / 4], *column = (strided ? phases : unit)[point % 4];
+    sum += row[tap / 3] * g[tap] * column[tap % 3];
   }
   return sum;
 }
 
-void test_winograd(std::int64_t height, std::int64_t width, std::int64_t padding, int threads) {
-  const std::int64_t images = 2, channels = 16, filters = 64, block = 5, chunk = 32;
-  const std::int64_t size[2] = {height, width}, out[2] = {height + 2 * padding - 2, width + 2 * padding - 2};
+// A layer that Winograd's filtering is for: 2 images of 16 channels, 64 filters.
+struct Filtered {
+  WinogradForm form;
+  std::int64_t size[2], padding;
+
+  bool strided() const { return form != WinogradForm::kUnitStride; }
+
+  // Of the result; of a transpose one place more than its input reaches along the first axis.
+  std::int64_t out(int axis) const {
+    if (form == WinogradForm::kStridedTranspose) {
+      return 2 * size[axis] + 1 - 2 * padding + (axis == 0 ? 1 : 0);
+    }
+    return (size[axis] + 2 * padding - 3) / (strided() ? 2 : 1) + 1;
+  }
+
+  // One value of the result, in double. The taps of a transpose are in reverse.
+  double value(const std::vector<float>& x, const std::vector<float>& weight, std::int64_t i) const {
+    const std::int64_t filter = i % 64, z = i / 64 % out(1), y = i / 64 / out(1) % out(0), image = i / 64 / out(1) / out(0);
+    const std::int64_t stride = strided() ? 2 : 1;
+    if (form != WinogradForm::kStridedTranspose) {
+      return convolved(x, weight, size, 16, 3, image, y * stride - padding, z * stride - padding, filter);
+    }
+    double sum = 0;
+    for (std::int64_t row = 0; row < size[0]; ++row) {
+      for (std::int64_t column = 0; column < size[1]; ++column) {
+        const std::int64_t tap[2] = {y + padding - 2 * row, z + padding - 2 * column};
+        for (std::int64_t c = 0; c < 16 && tap[0] >= 0 && tap[0] < 3 && tap[1] >= 0 && tap[1] < 3; ++c) {
+          sum += double(x[((image * size[0] + row) * size[1] + column) * 16 + c]) *
+                 weight[(filter * 16 + c) * 9 + 8 - (tap[0] * 3 + tap[1])];
+        }
+      }
+    }
+    return sum;
+  }
+};
+
+void test_winograd(const Filtered& layer, int threads) {
+  const std::int64_t images = 2, channels = 16, filters = 64, block = 5, chunk = 32, padding = layer.padding;
+  const std::int64_t size[2] = {layer.size[0], layer.size[1]}, out[2] = {layer.out(0), layer.out(1)};
+  const std::int64_t height = size[0], width = size[1];
   const auto x = draw(images * height * width * channels), weight = draw(filters * channels * 9);
   std::vector<float> laid_out(static_cast<std::size_t>(16 * filters * channels));
   for (std::int64_t i = 0; i < filters * channels; ++i) {
     const std::int64_t filter = i / channels, channel = i % channels;
     for (int point = 0; point < 16; ++point) {
       laid_out[((point * filters / 32 + filter / 32) * channels + channel) * 32 + filter % 32] =
-          static_cast<float>(transformed(&weight[i * 9], point));
+          static_cast<float>(transformed(&weight[i * 9], point, layer.strided()));
     }
   }
   auto in_one_call = poison(16 * filters * channels);
   const FilterArguments given = {weight.data(), channels * 9, 9, {3, 1}, filters, channels, nullptr, false, false, {1, 1},
-                                 in_one_call.data()};
+                                 in_one_call.data(), layer.strided()};
   run<FilterArguments, &Kernels::winograd_filters>(given, filters / 32, 1, threads);
   for (std::size_t i = 0; i < laid_out.size(); ++i) {
     check(std::fabs(in_one_call[i] - laid_out[i]) < 1e-6, "winograd_filters", static_cast<std::int64_t>(i));
   }
-  auto result = poison(images * out[0] * out[1] * filters), workspace = poison(threads * 16 * block * (channels + chunk + 32));
+  auto result = poison(images * out[0] * out[1] * filters), workspace = poison(threads * 25 * block * (channels + chunk + 32));
   const auto message = draw(static_cast<std::int64_t>(result.size()));
   const Epilogue epilogue = {nullptr, false, false, 0, 0, nullptr, message.data(), nullptr, 0.5f};
   const WinogradArguments<float> arguments = {x.data(), laid_out.data(), result.data(), workspace.data(), images,
                                        {size[0], size[1]}, {out[0], out[1]}, {padding, padding}, channels, filters,
-                                       block, chunk, threads, epilogue};
+                                       block, chunk, threads, layer.form, epilogue};
   run<WinogradArguments<float>, &Kernels::winograd>(arguments, threads, 1, threads);
   for (std::size_t i = 0; i < result.size(); ++i) {
-    const std::int64_t filter = i % filters, z = i / filters % out[1], y = i / filters / out[1] % out[0];
-    const double sum = convolved(x, weight, size, channels, 3, i / filters / out[1] / out[0], y - padding, z - padding, filter);
-    const double stable = result[i] == 0 ? 1 : message[i] / result[i];  // the denominator
-    check(std::fabs(stable - (sum + (sum >= 0 ? 0.5 : -0.5))) < 1e-3 || std::fabs(sum) < 1e-4, "winograd", i);
+    const double sum = layer.value(x, weight, static_cast<std::int64_t>(i));
+    const double stable = sum + (sum >= 0 ? 0.5 : -0.5);
+    check(std::fabs(result[i] * stable - message[i]) < 1e-4 || std::fabs(sum) < 1e-4, "winograd", static_cast<std::int64_t>(i));
   }
 }
 
@@ -345,9 +383,10 @@ std::vector<float> integers(std::int64_t size, float most) {
 }
 
 // Integers that nothing rounds but the end.
-void test_winograd_bfloat16(std::int64_t height, std::int64_t width, std::int64_t padding, int threads) {
-  const std::int64_t images = 2, channels = 16, filters = 64, block = 5, chunk = 32;
-  const std::int64_t size[2] = {height, width}, out[2] = {height + 2 * padding - 2, width + 2 * padding - 2};
+void test_winograd_bfloat16(const Filtered& layer, int threads) {
+  const std::int64_t images = 2, channels = 16, filters = 64, block = 5, chunk = 32, padding = layer.padding;
+  const std::int64_t size[2] = {layer.size[0], layer.size[1]}, out[2] = {layer.out(0), layer.out(1)};
+  const std::int64_t height = size[0], width = size[1];
   const auto x = integers(images * height * width * channels, 2);
   auto weight = integers(filters * channels * 9, 1);
   for (float& value : weight) {
@@ -359,18 +398,17 @@ void test_winograd_bfloat16(std::int64_t height, std::int64_t width, std::int64_
     const std::int64_t filter = i / channels, channel = i % channels;
     for (int point = 0; point < 16; ++point) {
       const std::int64_t row = (point * filters / 32 + filter / 32) * channels / 2 + channel / 2;
-      laid_out[(row * 32 + filter % 32) * 2 + channel % 2] = narrow(static_cast<float>(transformed(&weight[i * 9], point)));
+      laid_out[(row * 32 + filter % 32) * 2 + channel % 2] = narrow(static_cast<float>(transformed(&weight[i * 9], point, layer.strided())));
     }
   }
-  auto workspace = poison(threads * 16 * block * (channels / 2 + chunk + 32));
+  auto workspace = poison(threads * 25 * block * (channels / 2 + chunk + 32));
   std::vector<std::uint16_t> result(static_cast<std::size_t>(images * out[0] * out[1] * filters), 0x7fc0);
   const WinogradArguments<std::uint16_t> arguments = {
       narrow_x.data(), laid_out.data(), result.data(), workspace.data(), images, {size[0], size[1]}, {out[0], out[1]},
-      {padding, padding}, channels, filters, block, chunk, threads, {}};
+      {padding, padding}, channels, filters, block, chunk, threads, layer.form, {}};
   run<WinogradArguments<std::uint16_t>, &Kernels::winograd_bfloat16>(arguments, threads, 1, threads);
   for (std::size_t i = 0; i < result.size(); ++i) {
-    const std::int64_t filter = i % filters, z = i / filters % out[1], y = i / filters / out[1] % out[0];
-    const double sum = convolved(x, weight, size, channels, 3, i / filters / out[1] / out[0], y - padding, z - padding, filter);
+    const double sum = layer.value(x, weight, static_cast<std::int64_t>(i));
     check(std::fabs(widened(result[i]) - sum) <= std::fabs(sum) / 256, "winograd_bfloat16", static_cast<std::int64_t>(i));
   }
 }
@@ -531,7 +569,7 @@ void test_convolution(std::int64_t channels, std::int64_t filters, std::int64_t 
 int main() {
   bind_openmp({team, [] { return member; }, [] { return members; }});
   for (int threads : {1, 2, 3}) {
-    test_winograd_bfloat16(5, 8, 1, threads);  // by the best set there is: all others' kernels are in the sets below
+    test_winograd_bfloat16({WinogradForm::kUnitStride, {5, 8}, 1}, threads);  // by the best set there is: all others' kernels are in the sets below
     test_pointwise_bfloat16(18, 40, 2, threads);
   }
   for (const char* capability : {"avx512", "avx2", "default"}) {
@@ -548,9 +586,11 @@ int main() {
         test_add_relu(size, threads);
       }
       for (std::int64_t padding : {0, 1, 2}) {
-        test_winograd(5, 8, padding, threads);
-        test_winograd(4, 4, padding, threads);
-        test_winograd_bfloat16(5, 8, padding, threads);
+        for (WinogradForm form : {WinogradForm::kUnitStride, WinogradForm::kStrided, WinogradForm::kStridedTranspose}) {
+          test_winograd({form, {5, 8}, padding}, threads);
+          test_winograd({form, {4, 4}, padding}, threads);
+          test_winograd_bfloat16({form, {5, 8}, padding}, threads);
+        }
       }
       for (BySign by_sign : {BySign::kNone, BySign::kInput, BySign::kGiven}) {
         test_pointwise(3, 5, 1, by_sign, threads);
