@@ -63,6 +63,7 @@ inline void store(void* target, DType dtype, std::int64_t at, const float* value
 }
 
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+inline std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 
 }  // namespace
 }  // namespace lrpfast

@@ -15,14 +15,17 @@
 // denormals as zero, as they do in oneDNN.
 #pragma once
 
+#include <utility>
+
 #include "epilogue_cpu.h"
 
 namespace lrpfast {
 namespace {
 
 // The forms, along one axis: from kInput values of a tile come kOperands operands (B' d); product i is that of operand(i) and filter(i),
-// of which there are kFilters (G g, see filters_cpu.h); the kResult results are sums of products (A' m). The next tile's input begins
-// kInputStep further on. The first tile's begins at input_begin(padding), its result at result_begin(padding), which may be outside.
+// of which there are kFilters (G g, see filters_cpu.h); the kResult results are sums of products (A' m), of which first_use(i) is the
+// first that product i is part of. The next tile's input begins kInputStep further on. The first tile's begins at input_begin(padding),
+// its result at result_begin(padding), which may be outside.
 
 constexpr int kFilters = 4;
 
@@ -30,6 +33,7 @@ struct UnitStride {
   static constexpr int kInput = 4, kInputStep = 2, kOperands = 4, kProducts = 4, kResult = 2;
   static constexpr int operand(int i) { return i; }
   static constexpr int filter(int i) { return i; }
+  static constexpr int first_use(int i) { return i == 3 ? 1 : 0; }
   static std::int64_t input_begin(std::int64_t padding) { return -padding; }
   static std::int64_t result_begin(std::int64_t) { return 0; }
 
@@ -49,6 +53,7 @@ struct Strided {
   static constexpr int kInput = 5, kInputStep = 4, kOperands = 5, kProducts = 5, kResult = 2;
   static constexpr int operand(int i) { return i; }
   static constexpr int filter(int i) { return i < 3 ? i : 3; }
+  static constexpr int first_use(int i) { return i == 2 || i == 4 ? 1 : 0; }
   static std::int64_t input_begin(std::int64_t padding) { return -padding; }
   static std::int64_t result_begin(std::int64_t) { return 0; }
 
@@ -70,6 +75,7 @@ struct StridedTranspose {
   static constexpr int kInput = 3, kInputStep = 2, kOperands = 4, kProducts = 5, kResult = 4;
   static constexpr int operand(int i) { return i < 4 ? i : 1; }
   static constexpr int filter(int i) { return i < 3 ? i : 3; }
+  static constexpr int first_use(int i) { return i == 3 ? 0 : i < 2 ? 1 : i == 4 ? 2 : 3; }
   static std::int64_t input_begin(std::int64_t padding) { return padding == 0 ? -1 : 0; }
   static std::int64_t result_begin(std::int64_t padding) { return padding == 1 ? 0 : -1; }
 
@@ -87,29 +93,62 @@ struct StridedTranspose {
   }
 };
 
+struct Tile {
+  std::int64_t image, place[2];
+};
+
+// The tiles of a result, in an order of their own: those of the last row that reach over the edge, then those that do not, those of
+// the last column, the corners, each over all images. The tiles that need a product are neighbours then.
 template <typename Form>
-inline std::int64_t tiles_along(std::int64_t result, std::int64_t padding) {
-  return (result - Form::result_begin(padding) + Form::kResult - 1) / Form::kResult;
-}
-
-// Where the tiles lie, counted over all images.
-template <typename Form, typename T>
-struct TileGrid {
-  std::int64_t rows, columns, input_begin[2], result_begin[2];
-
-  explicit TileGrid(const WinogradArguments<T>& a)
-      : rows(tiles_along<Form>(a.out_size[0], a.padding[0])), columns(tiles_along<Form>(a.out_size[1], a.padding[1])) {
+class Tiles {
+ public:
+  template <typename T>
+  explicit Tiles(const WinogradArguments<T>& a) : images_(a.images) {
     for (int axis = 0; axis < 2; ++axis) {
-      input_begin[axis] = Form::input_begin(a.padding[axis]), result_begin[axis] = Form::result_begin(a.padding[axis]);
+      input_begin_[axis] = Form::input_begin(a.padding[axis]), result_begin_[axis] = Form::result_begin(a.padding[axis]);
+      const std::int64_t size = a.out_size[axis] - result_begin_[axis];
+      along_[axis] = (size + Form::kResult - 1) / Form::kResult;
+      last_[axis] = size - (along_[axis] - 1) * Form::kResult;
+      over_[axis] = last_[axis] < Form::kResult ? 1 : 0;
+      within_[axis] = along_[axis] - over_[axis];
     }
+    counts_[0] = images_ * over_[0] * within_[1], counts_[1] = images_ * within_[0] * within_[1];
+    counts_[2] = images_ * within_[0] * over_[1], counts_[3] = images_ * over_[0] * over_[1];
   }
 
-  std::int64_t image(std::int64_t tile) const { return tile / (rows * columns); }
-  std::int64_t place(std::int64_t tile, int axis) const {
-    return axis == 0 ? tile / columns % rows : tile % columns;
+  std::int64_t count() const { return images_ * along_[0] * along_[1]; }
+
+  Tile at(std::int64_t i) const {
+    if (i < counts_[0]) {
+      return {i / within_[1], {within_[0], i % within_[1]}};
+    }
+    i -= counts_[0];
+    if (i < counts_[1]) {
+      return {i / (within_[0] * within_[1]), {i / within_[1] % within_[0], i % within_[1]}};
+    }
+    i -= counts_[1];
+    if (i < counts_[2]) {
+      return {i / within_[0], {i % within_[0], within_[1]}};
+    }
+    return {i - counts_[2], {within_[0], within_[1]}};
   }
-  std::int64_t input(std::int64_t tile, int axis) const { return place(tile, axis) * Form::kInputStep + input_begin[axis]; }
-  std::int64_t result(std::int64_t tile, int axis) const { return place(tile, axis) * Form::kResult + result_begin[axis]; }
+
+  std::int64_t input(const Tile& tile, int axis) const { return tile.place[axis] * Form::kInputStep + input_begin_[axis]; }
+  std::int64_t result(const Tile& tile, int axis) const { return tile.place[axis] * Form::kResult + result_begin_[axis]; }
+
+  // Of [begin, end), the tiles that need product (i, j); the others' results that it is part of lie outside.
+  std::pair<std::int64_t, std::int64_t> needing(int i, int j, std::int64_t begin, std::int64_t end) const {
+    const bool not_last_row = Form::first_use(i) >= last_[0], not_last_column = Form::first_use(j) >= last_[1];
+    const std::int64_t first = not_last_row ? counts_[0] : 0;
+    const std::int64_t last = count() - (not_last_row || not_last_column ? counts_[3] : 0) - (not_last_column ? counts_[2] : 0);
+    return {larger(begin, first), smaller(end, last)};
+  }
+
+ private:
+  std::int64_t images_, along_[2], within_[2];     // along_: tiles, of which within_ do not reach over the edge
+  std::int64_t last_[2], over_[2];                 // results of the last tile that lie within; whether others do not
+  std::int64_t input_begin_[2], result_begin_[2];
+  std::int64_t counts_[4];                         // tiles of each kind
 };
 
 // The operands of the tile of the input at (y, x), which may reach over its edges, all channels.
@@ -191,40 +230,41 @@ inline std::int64_t winograd_workspace(const WinogradArguments<T>& a) {
                     Form::kProducts * Form::kProducts * (a.chunk + kSkew));
 }
 
-// The tiles [begin, end), counted over all images, with the help of a workspace.
+// The tiles [begin, end), with the help of a workspace.
 template <typename Form, typename T>
-void winograd_tiles(const WinogradArguments<T>& a, std::int64_t begin, std::int64_t end, float* workspace) {
+void winograd_tiles(const WinogradArguments<T>& a, const Tiles<Form>& tiles, std::int64_t begin, std::int64_t end,
+                    float* workspace) {
   constexpr std::int64_t kValues = kValuesAFloat<T>;
-  const TileGrid<Form, T> grid(a);
   const std::int64_t depth = a.channels / kValues, stride = depth + kSkew, chunk_stride = a.chunk + kSkew;
   T* operands = reinterpret_cast<T*>(workspace);
   const float* weight = reinterpret_cast<const float*>(a.weight);
   float* products = workspace + Form::kOperands * Form::kOperands * a.block * stride;
   for (std::int64_t first = begin; first < end; first += a.block) {
-    const std::int64_t count = smaller(a.block, end - first);
-    for (std::int64_t t = 0; t < count; ++t) {
-      const std::int64_t tile = first + t;
-      load_tile<Form>(a, a.input + grid.image(tile) * a.size[0] * a.size[1] * a.channels, grid.input(tile, 0),
-                      grid.input(tile, 1), operands + t * stride * kValues, a.block * stride * kValues);
+    const std::int64_t last = smaller(first + a.block, end);
+    for (std::int64_t t = first; t < last; ++t) {
+      const Tile tile = tiles.at(t);
+      load_tile<Form>(a, a.input + tile.image * a.size[0] * a.size[1] * a.channels, tiles.input(tile, 0),
+                      tiles.input(tile, 1), operands + (t - first) * stride * kValues, a.block * stride * kValues);
     }
     for (std::int64_t filter = 0; filter < a.filters; filter += a.chunk) {
       const std::int64_t width = smaller(a.chunk, a.filters - filter);
       for (int point = 0; point < Form::kProducts * Form::kProducts; ++point) {
         const int i = point / Form::kProducts, j = point % Form::kProducts;
+        const auto [from, until] = tiles.needing(i, j, first, last);
         const std::int64_t operand = Form::operand(i) * Form::kOperands + Form::operand(j);
         const std::int64_t filter_point = Form::filter(i) * kFilters + Form::filter(j);
         for (std::int64_t f = 0; f < width; f += kPanel) {
-          float* to = products + point * a.block * chunk_stride + f;
+          float* to = products + (point * a.block + from - first) * chunk_stride + f;
           multiply_panel<kFactorsOf<T>>(
-              count, workspace + operand * a.block * stride, stride,
+              until - from, workspace + (operand * a.block + from - first) * stride, stride,
               weight + (filter_point * a.filters + filter + f) * depth, depth, kPanel,
               [=](std::int64_t row, std::int64_t column, Lanes sum) { put(to + row * chunk_stride + column, sum); });
         }
       }
-      for (std::int64_t t = 0; t < count; ++t) {
-        const std::int64_t tile = first + t;
-        store_tile<Form>(a, grid.image(tile), grid.result(tile, 0), grid.result(tile, 1), filter, width,
-                         products + t * chunk_stride, a.block * chunk_stride);
+      for (std::int64_t t = first; t < last; ++t) {
+        const Tile tile = tiles.at(t);
+        store_tile<Form>(a, tile.image, tiles.result(tile, 0), tiles.result(tile, 1), filter, width,
+                         products + (t - first) * chunk_stride, a.block * chunk_stride);
       }
     }
   }
@@ -232,12 +272,11 @@ void winograd_tiles(const WinogradArguments<T>& a, std::int64_t begin, std::int6
 
 template <typename Form, typename T>
 void winograd_of(const WinogradArguments<T>& a, std::int64_t begin, std::int64_t end) {
-  const TileGrid<Form, T> grid(a);
-  const std::int64_t tiles = a.images * grid.rows * grid.columns;
-  const std::int64_t share = (tiles + a.shares - 1) / a.shares;
+  const Tiles<Form> tiles(a);
+  const std::int64_t share = (tiles.count() + a.shares - 1) / a.shares;
   for (std::int64_t i = begin; i < end; ++i) {
-    winograd_tiles<Form>(a, smaller(tiles, i * share), smaller(tiles, (i + 1) * share),
-                         a.workspace + i * winograd_workspace<Form>(a));
+    winograd_tiles(a, tiles, smaller(tiles.count(), i * share), smaller(tiles.count(), (i + 1) * share),
+                   a.workspace + i * winograd_workspace<Form>(a));
   }
 }
 
