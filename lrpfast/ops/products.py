@@ -94,7 +94,7 @@ class Winograd:
         weight_shape: Sequence[int], size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
         dilation: Sequence[int], groups: int,
     ) -> bool:  # fmt: skip
-        """Whether a layer with filters of this shape on images of this size is one."""
+        """Whether a layer with filters of this shape is one; `size` is that of its images, or of the result of a strided transpose."""
         plain = [*weight_shape[2:]] == [3, 3] and [*dilation, groups] == [1] * 3
         if not plain or [*stride] not in ([1, 1], [2, 2]) or not all(0 <= p <= 2 for p in padding):
             return False
