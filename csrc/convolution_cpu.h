@@ -14,9 +14,6 @@ namespace {
 
 constexpr int kMostWindow = 64;  // taps
 
-// Channels that are worked on at a time: a tap's panel then stays in the first-level cache, the rows of all taps in the second.
-inline std::int64_t depth_at_once(const ConvolutionArguments& a) { return a.kernel[0] * a.kernel[1] == 1 ? 256 : 64; }
-
 // The places (first[i] + n * step[i]) of the result: those of one phase.
 struct Phase {
   std::int64_t first[2], step[2], count[2];
@@ -71,6 +68,55 @@ struct MetTaps {
       }
     }
   }
+};
+
+// Where a row of a phase begins in the result.
+inline std::int64_t result_row(const ConvolutionArguments& a, const Phase& phase, std::int64_t row) {
+  const std::int64_t image = row / (phase.count[0] * phase.count[1]);
+  const std::int64_t y = phase.at(0, row / phase.count[1] % phase.count[0]), x = phase.at(1, row % phase.count[1]);
+  return ((image * a.out_size[0] + y) * a.out_size[1] + x) * a.filters;
+}
+
+// Asks for what the epilogue of some panels reads and writes, at `count` places of a phase from `first` on, some lines at a time, while
+// their products are computed.
+class EpilogueFetch {
+ public:
+  EpilogueFetch(const ConvolutionArguments& a, const Phase& phase, std::int64_t first, std::int64_t count,
+                std::int64_t begin, std::int64_t end, std::int64_t calls)
+      : a_(a), phase_(phase), row_(first), end_(first + count), begin_(begin * kPanel) {
+    const Epilogue& e = a.epilogue;
+    const bool over = e.message_a == a.result || e.message_b == a.result;
+    const float* given[] = {e.message_a, e.message_b, e.carrier, over ? nullptr : a.result};
+    for (const float* operand : given) {
+      if (operand) {
+        operands_[operands_count_++] = operand;
+      }
+    }
+    size_ = smaller(end * kPanel, a.filters) - begin_;
+    a_time_ = (count * operands_count_ * ((size_ + kLine - 1) / kLine) + calls - 1) / calls;
+  }
+
+  void operator()() {
+    for (std::int64_t i = 0; i < a_time_ && row_ < end_; ++i) {
+      if (at_ == 0) {
+        from_ = operands_[operand_] + result_row(a_, phase_, row_) + begin_;
+      }
+      __builtin_prefetch(from_ + at_, 0, 2);
+      at_ += kLine;
+      if (at_ >= size_) {
+        at_ = 0;
+        operand_ = (operand_ + 1) % operands_count_;
+        row_ += operand_ == 0;
+      }
+    }
+  }
+
+ private:
+  const ConvolutionArguments& a_;
+  const Phase& phase_;
+  std::int64_t row_, end_, begin_, size_, a_time_, at_ = 0;
+  const float *operands_[4], *from_ = nullptr;
+  int operands_count_ = 0, operand_ = 0;
 };
 
 // Asks for a panel's weight, some lines at a time, while the one before is multiplied: its pieces lie in pages of their own, where
@@ -130,9 +176,7 @@ void finish_places(const ConvolutionArguments& a, const Phase& phase, std::int64
                    std::int64_t panel, const float* sums) {
   const std::int64_t begin = panel * kPanel, end = smaller(begin + kPanel, a.filters);
   for (std::int64_t row = first; row < first + count; ++row, sums += kPanel) {
-    const std::int64_t image = row / (phase.count[0] * phase.count[1]);
-    const std::int64_t y = phase.at(0, row / phase.count[1] % phase.count[0]), x = phase.at(1, row % phase.count[1]);
-    const std::int64_t at = ((image * a.out_size[0] + y) * a.out_size[1] + x) * a.filters;
+    const std::int64_t at = result_row(a, phase, row);
     std::int64_t f = begin;
     for (; f + kLanes <= end; f += kLanes) {
       finish(a.epilogue, lanes(sums + f - begin), f, a.result, at + f);
@@ -147,11 +191,15 @@ void finish_places(const ConvolutionArguments& a, const Phase& phase, std::int64
 // those of the last.
 void multiply_places(const ConvolutionArguments& a, const MetTaps& taps, std::int64_t panel, std::int64_t channel,
                      std::int64_t depth, const float* rows, std::int64_t stride, std::int64_t count, float* sums,
-                     float* laid_out, WeightFetch& fetch) {
+                     float* laid_out, WeightFetch& weights, EpilogueFetch& operands) {
   const std::int64_t columns = smaller(kPanel, a.filters - panel * kPanel);
   const auto add = [=](std::int64_t row, std::int64_t column, Lanes sum) {
     float* at = sums + row * kPanel + column;
     put(at, lanes(static_cast<const float*>(at)) + sum);
+  };
+  const auto fetch = [&] {
+    weights();
+    operands();
   };
   for (int tap = 0; tap < taps.count; ++tap) {
     for (std::int64_t c = 0; c < depth; c += kChannelsAtOnce) {
@@ -166,12 +214,14 @@ void multiply_places(const ConvolutionArguments& a, const MetTaps& taps, std::in
 void convolve_phase(const ConvolutionArguments& a, const Phase& phase, std::int64_t begin, std::int64_t end,
                     float* workspace) {
   const MetTaps taps(a, phase);
-  const std::int64_t places = a.images * phase.count[0] * phase.count[1], most = depth_at_once(a), stride = most + kSkew;
+  const std::int64_t places = a.images * phase.count[0] * phase.count[1], most = a.depth, stride = most + kSkew;
   float* sums = workspace + a.kernel[0] * a.kernel[1] * a.block * stride;
   float* laid_out = sums + a.block * (end - begin) * kPanel;
   for (std::int64_t first = 0; first < places; first += a.block) {
     const std::int64_t count = smaller(a.block, places - first), blocks = (count + kBlockRows - 1) / kBlockRows;
     std::memset(sums, 0, static_cast<std::size_t>(a.block * (end - begin) * kPanel) * sizeof(float));
+    const std::int64_t calls = taps.count * blocks * ((a.channels + kFetch - 1) / kFetch) * (end - begin);
+    EpilogueFetch operands(a, phase, first, count, begin, end, larger(calls, 1));
     for (std::int64_t channel = 0; channel < a.channels && taps.count > 0; channel += most) {
       const std::int64_t depth = smaller(most, a.channels - channel);
       for (int tap = 0; tap < taps.count; ++tap) {
@@ -179,10 +229,10 @@ void convolve_phase(const ConvolutionArguments& a, const Phase& phase, std::int6
                    stride);
       }
       for (std::int64_t panel = begin; panel < end; ++panel) {
-        WeightFetch fetch(a, taps, panel + 1 < end ? panel + 1 : a.filters, channel, depth,
-                          taps.count * blocks * ((depth + kFetch - 1) / kFetch));
+        WeightFetch weights(a, taps, panel + 1 < end ? panel + 1 : a.filters, channel, depth,
+                            taps.count * blocks * ((depth + kFetch - 1) / kFetch));
         multiply_places(a, taps, panel, channel, depth, workspace, stride, count, sums + (panel - begin) * a.block * kPanel,
-                        laid_out, fetch);
+                        laid_out, weights, operands);
       }
     }
     for (std::int64_t panel = begin; panel < end; ++panel) {
@@ -194,9 +244,8 @@ void convolve_phase(const ConvolutionArguments& a, const Phase& phase, std::int6
 // The shares [begin, end) of a.shares equal ones of the filters; each has its own workspace.
 void convolution(const ConvolutionArguments& a, std::int64_t begin, std::int64_t end) {
   const std::int64_t panels = (a.filters + kPanel - 1) / kPanel, share = (panels + a.shares - 1) / a.shares;
-  const std::int64_t depth = depth_at_once(a);
   const std::int64_t workspace =
-      a.block * (a.kernel[0] * a.kernel[1] * (depth + kSkew) + share * kPanel) + depth * kPanel;
+      a.block * (a.kernel[0] * a.kernel[1] * (a.depth + kSkew) + share * kPanel) + a.depth * kPanel;
   const std::int64_t phases[2] = {a.transposed ? a.stride[0] : 1, a.transposed ? a.stride[1] : 1};
   for (std::int64_t i = begin; i < end; ++i) {
     const std::int64_t first = smaller(panels, i * share), last = smaller(panels, (i + 1) * share);

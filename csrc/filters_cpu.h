@@ -13,8 +13,7 @@ constexpr std::int64_t kChannelsAtOnce = 16;  // a cache line of weights, where 
 
 typedef std::int32_t Indices __attribute__((vector_size(4 * kLanes)));
 
-// A cell: the values of one tap, for channels that are worked on at a time.
-typedef float Cell[kChannelsAtOnce][kPanel];
+// A cell: the values of one tap and panel, for channels that are worked on at a time.
 
 // Rows become columns, in blocks of kWidth, kWidth / 2, .. 1.
 template <int kWidth, std::size_t... kLane>
@@ -38,8 +37,38 @@ inline void exchange(Lanes rows[kLanes], std::index_sequence<kLane...>) {
   }
 }
 
+// What has a factor: nothing, a filter, or a channel (of a transpose).
+enum class Factor { kNone, kOfFilter, kOfChannel };
+
+// What the values of a cell count as. A factor is the sum of two floats, so that its product rounds once; the sign that `scales` go by
+// is that of the product.
+template <Factor kFactor, bool kScaled>
+struct Modified {
+  const float *factors, *rests;  // of the cell's first filter, or channel
+  Lanes positive, other;
+
+  Modified(const FilterArguments& a, std::int64_t filter, std::int64_t channel)
+      : positive(lanes(a.scales[0])), other(lanes(a.scales[1])) {
+    if (kFactor != Factor::kNone) {
+      const std::int64_t count = kFactor == Factor::kOfFilter ? a.filters : a.channels;
+      factors = a.factors + (kFactor == Factor::kOfFilter ? filter : channel);
+      rests = factors + (count + kPanel - 1) / kPanel * kPanel;
+    }
+  }
+
+  Lanes operator()(Lanes v, std::int64_t filter, std::int64_t channel) const {
+    if (kFactor == Factor::kOfFilter) {
+      v = multiply_add(v, lanes(factors + filter), v * lanes(rests + filter));
+    } else if (kFactor == Factor::kOfChannel) {
+      v = multiply_add(v, lanes(factors[channel]), v * lanes(rests[channel]));
+    }
+    return kScaled ? v * (v > Lanes{} ? positive : other) : v;
+  }
+};
+
 // A whole cell of filters whose channels lie side by side.
-inline void gather_transposed(const float* from, std::int64_t filter_stride, Cell& cell) {
+template <typename Modify>
+inline void lay_out_transposed(const float* from, std::int64_t filter_stride, const Modify& modified, float* to) {
   for (std::int64_t f = 0; f < kPanel; f += kLanes) {
     for (std::int64_t c = 0; c < kChannelsAtOnce; c += kLanes) {
       Lanes rows[kLanes];
@@ -50,70 +79,57 @@ inline void gather_transposed(const float* from, std::int64_t filter_stride, Cel
       exchange<kLanes / 2>(rows, std::make_index_sequence<kLanes>{});
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
-        put(&cell[c + i][f], rows[i]);
+        put(to + (c + i) * kPanel + f, modified(rows[i], f, c + i));
       }
     }
   }
 }
 
-inline void gather(const FilterArguments& a, const float* from, std::int64_t filters, std::int64_t channels, Cell& cell) {
-  if (a.filter_stride == 1 && filters == kPanel) {
-    for (std::int64_t c = 0; c < channels; ++c) {
-      std::memcpy(cell[c], from + c * a.channel_stride, sizeof cell[c]);
-      __builtin_prefetch(from + (c + kChannelsAtOnce) * a.channel_stride, 0, 2);
-      __builtin_prefetch(from + (c + kChannelsAtOnce) * a.channel_stride + kPanel / 2, 0, 2);
+// `channels` rows of whole panels, `stride` apart.
+template <typename Modify>
+inline void lay_out_rows(const float* from, std::int64_t stride, std::int64_t channels, const Modify& modified, float* to) {
+  for (std::int64_t c = 0; c < channels; ++c) {
+    for (std::int64_t f = 0; f < kPanel; f += kLanes) {
+      put(to + c * kPanel + f, modified(lanes(from + c * stride + f), f, c));
     }
+  }
+}
+
+template <Factor kFactor, bool kScaled>
+void lay_out_cell(const FilterArguments& a, std::int64_t panel, std::int64_t channel, std::int64_t channels,
+                  std::int64_t tap_offset, float* to) {
+  const std::int64_t filter = panel * kPanel, filters = smaller(kPanel, a.filters - filter);
+  const float* from = a.given + filter * a.filter_stride + channel * a.channel_stride + tap_offset;
+  const Modified<kFactor, kScaled> modified(a, filter, channel);
+  if (a.filter_stride == 1 && filters == kPanel) {
+    for (std::int64_t c = channels; c < 2 * channels; ++c) {
+      __builtin_prefetch(from + c * a.channel_stride, 0, 2);
+      __builtin_prefetch(from + c * a.channel_stride + kPanel / 2, 0, 2);
+    }
+    lay_out_rows(from, a.channel_stride, channels, modified, to);
   } else if (a.channel_stride == 1 && filters == kPanel && channels == kChannelsAtOnce) {
-    gather_transposed(from, a.filter_stride, cell);
+    lay_out_transposed(from, a.filter_stride, modified, to);
   } else {
+    alignas(64) float cell[kChannelsAtOnce * kPanel] = {};
     for (std::int64_t f = 0; f < filters; ++f) {
       for (std::int64_t c = 0; c < channels; ++c) {
-        cell[c][f] = from[f * a.filter_stride + c * a.channel_stride];
+        cell[c * kPanel + f] = from[f * a.filter_stride + c * a.channel_stride];
       }
     }
+    lay_out_rows(cell, kPanel, channels, modified, to);
   }
-}
-
-// One channel of a panel. The product with a factor rounds once; the sign that `scales` go by is that of the product.
-inline void modify(const FilterArguments& a, std::int64_t panel, std::int64_t channel, const float* from, float* to) {
-  float row[kPanel];
-  if (!a.factors) {
-    std::memcpy(row, from, sizeof row);
-  } else if (a.factor_of_channel) {
-    const double factor = a.factors[channel];
-    LRPFAST_SIMD
-    for (std::int64_t f = 0; f < kPanel; ++f) {
-      row[f] = static_cast<float>(from[f] * factor);
-    }
-  } else {
-    const double* factors = a.factors + panel * kPanel;
-    LRPFAST_SIMD
-    for (std::int64_t f = 0; f < kPanel; ++f) {
-      row[f] = static_cast<float>(from[f] * factors[f]);
-    }
-  }
-  if (a.scaled) {
-    const float positive = a.scales[0], other = a.scales[1];
-    LRPFAST_SIMD
-    for (std::int64_t f = 0; f < kPanel; ++f) {
-      row[f] *= row[f] > 0.0f ? positive : other;
-    }
-  }
-  std::memcpy(to, row, sizeof row);
 }
 
 // The cell of one tap: `channels` rows of a panel.
 inline void lay_out_cell(const FilterArguments& a, std::int64_t panel, std::int64_t channel, std::int64_t channels,
                          std::int64_t tap_offset, float* to) {
-  alignas(64) Cell cell;
-  const std::int64_t filters = smaller(kPanel, a.filters - panel * kPanel);
-  if (filters < kPanel) {
-    std::memset(cell, 0, sizeof cell);
+  auto* lay_out = a.scaled ? lay_out_cell<Factor::kNone, true> : lay_out_cell<Factor::kNone, false>;
+  if (a.factors && a.factor_of_channel) {
+    lay_out = a.scaled ? lay_out_cell<Factor::kOfChannel, true> : lay_out_cell<Factor::kOfChannel, false>;
+  } else if (a.factors) {
+    lay_out = a.scaled ? lay_out_cell<Factor::kOfFilter, true> : lay_out_cell<Factor::kOfFilter, false>;
   }
-  gather(a, a.given + panel * kPanel * a.filter_stride + channel * a.channel_stride + tap_offset, filters, channels, cell);
-  for (std::int64_t c = 0; c < channels; ++c) {
-    modify(a, panel, channel + c, cell[c], to + c * kPanel);
-  }
+  lay_out(a, panel, channel, channels, tap_offset, to);
 }
 
 // G g: the rows 0, (0 + 1 + 2) / 2, (0 - 1 + 2) / 2, 2; for stride 2 the rows 0, 0 + 2, 2, 1.

@@ -125,9 +125,19 @@ inline void multiply_block(const float* a, std::int64_t a_stride, const float* b
       sum[i][j] = Lanes{};
     }
   }
+  constexpr int kTogether = 3, kGroups = (kRows + kTogether - 1) / kTogether;
+  const float* at[kGroups];
+#pragma GCC unroll 8
+  for (int g = 0; g < kGroups; ++g) {
+    at[g] = a + g * kTogether * a_stride;
+  }
   for (std::int64_t k = 0; k < depth; ++k, b += kBySign ? 2 * kPanel : kPanel) {
     if (k % kFetch == 0) {
       fetch();
+    }
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroups; ++g) {
+      asm("" : "+r"(at[g]));
     }
     Lanes right[kVectors];
 #pragma GCC unroll 2
@@ -137,13 +147,13 @@ inline void multiply_block(const float* a, std::int64_t a_stride, const float* b
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       if constexpr (kFactors == Factors::kPairs) {
-        const Lanes left = pair_lanes(a + i * a_stride + k);
+        const Lanes left = pair_lanes(at[i / kTogether] + i % kTogether * a_stride);
 #pragma GCC unroll 2
         for (int j = 0; j < kVectors; ++j) {
           sum[i][j] = multiply_add_pairs(left, right[j], sum[i][j]);
         }
       } else {
-        const float value = a[i * a_stride + k];
+        const float value = at[i / kTogether][i % kTogether * a_stride];
         const Lanes left = lanes(value);
         const float* own = b + (sign_bit(value) ? kPanel : 0);
 #pragma GCC unroll 2
@@ -151,6 +161,10 @@ inline void multiply_block(const float* a, std::int64_t a_stride, const float* b
           sum[i][j] = multiply_add(left, kBySign ? lanes(own + j * kLanes) : right[j], sum[i][j]);
         }
       }
+    }
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroups; ++g) {
+      ++at[g];
     }
   }
 #pragma GCC unroll 16

@@ -337,7 +337,7 @@ FilterArguments filters_of(const FilterTuple& tuple, std::uintptr_t result, bool
           {tap_strides[0], tap_strides[1]},
           filters,
           channels,
-          reinterpret_cast<const double*>(factors),
+          floats(factors),
           of_channel,
           scales != Scales{1.0, 1.0},
           {static_cast<float>(scales[0]), static_cast<float>(scales[1])},
@@ -357,7 +357,7 @@ void winograd_filters(FilterTuple given, std::uintptr_t result, bool strided, in
 
 void convolution(std::uintptr_t input, FilterTuple weight, std::uintptr_t result, std::uintptr_t workspace,
                  std::int64_t images, Pair size, Pair out_size, Pair kernel, Pair stride, Pair padding, Pair dilation,
-                 bool transposed, std::int64_t block, EpilogueTuple then, int threads) {
+                 bool transposed, std::int64_t block, std::int64_t depth, EpilogueTuple then, int threads) {
   const FilterArguments filters = filters_of(weight, 0, false);
   run_shares<ConvolutionArguments, &lrpfast::Kernels::convolution>({floats(input),
                                                                     filters,
@@ -374,6 +374,7 @@ void convolution(std::uintptr_t input, FilterTuple weight, std::uintptr_t result
                                                                     filters.filters,
                                                                     transposed,
                                                                     block,
+                                                                    depth,
                                                                     threads,
                                                                     epilogue(then)});
 }

@@ -149,7 +149,7 @@ struct FilterArguments {
   const float* given;  // element [filter, channel, y, x] at the sum of index * stride
   std::int64_t filter_stride, channel_stride, tap_strides[2];
   std::int64_t filters, channels;
-  const double* factors;   // as many as whole panels of 32 have; null: none
+  const float* factors;    // each the sum of two floats, the larger ones first, as many as whole panels of 32 have; null: none
   bool factor_of_channel;  // one a channel: the layer is a transpose
   bool scaled;
   float scales[2];
@@ -194,10 +194,11 @@ struct ConvolutionArguments {
   const float* input;      // [images, size, channels]
   FilterArguments weight;  // at most 64 taps; its result is not used
   float* result;           // [images, out_size, filters]
-  float* workspace;        // shares * (block * (taps * (depth + 16) + 32 * panels a share) + depth * 32) floats; depth: 256 or 64
+  float* workspace;        // shares * (block * (taps * (depth + 16) + 32 * panels a share) + depth * 32) floats
   std::int64_t images, size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2], channels, filters;
   bool transposed;      // stride, padding and dilation are those of the convolution that maps the result's size to the input's
   std::int64_t block;   // places that are worked on at a time
+  std::int64_t depth;   // channels that are
   std::int64_t shares;  // parts that panels of filters are dealt into, one a thread
   Epilogue epilogue;
 };

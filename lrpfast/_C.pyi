@@ -162,6 +162,7 @@ def winograd(
     filters: int,
     block: int,
     chunk: int,
+    form: int,
     then: _Epilogue,
     threads: int,
     /,
@@ -169,7 +170,7 @@ def winograd(
 
 winograd_bfloat16 = winograd
 
-def winograd_filters(weight: _Filters, result: int, threads: int, /) -> None: ...
+def winograd_filters(weight: _Filters, result: int, strided: bool, threads: int, /) -> None: ...
 def convolution(
     input: int,
     weight: _Filters,
@@ -184,6 +185,7 @@ def convolution(
     dilation: _Pair,
     transposed: bool,
     block: int,
+    depth: int,
     then: _Epilogue,
     threads: int,
     /,

@@ -35,7 +35,7 @@ class Filters:
     weight
         ``[K, C, height, width]``, float32, strided as it may be.
     factors
-        ``[K rounded up to a multiple of 32]``, float64: of each filter; None: 1. The product is rounded to float32.
+        ``[2, K rounded up to a multiple of 32]``, float32: of each filter, the sum of the two; None: 1. The product rounds once.
     scales
         Of the positive values of that product, and of all others.
     transposed
@@ -50,7 +50,8 @@ class Filters:
     @classmethod
     def of(cls, weight: Tensor, factors: Tensor) -> Filters:
         """Filters with a factor each, ``[K]``."""
-        return cls(weight, torch.nn.functional.pad(factors.double(), (0, -len(factors) % PANEL)))
+        exact = torch.nn.functional.pad(factors.double(), (0, -len(factors) % PANEL))
+        return cls(weight, torch.stack([exact.float(), (exact - exact.float()).nan_to_num().float()]))
 
     @property
     def shape(self) -> Sequence[int]:

@@ -338,12 +338,14 @@ class Direct:
         kernel = self.weight.shape[2:]
         taps, threads = math.prod(kernel), torch.get_num_threads()
         block = min(_PLACES, out.shape[0] * math.prod(out.shape[2:]))
-        depth, panels = 256 if taps == 1 else 64, -(-self.weight.shape[0] // PANEL)
+        # Channels that are worked on at a time: a tap's panel then stays in the first-level cache, the rows of all taps in the second.
+        depth, panels = 256 if taps == 1 else 128 if taps <= 9 else 64, -(-self.weight.shape[0] // PANEL)
         share = -(-panels // threads)
         workspace = floats(threads * (block * (taps * (depth + _SKEW) + share * PANEL) + depth * PANEL))
         native.extension.convolution(
             x.data_ptr(), self.weight.described(), out.data_ptr(), workspace.data_ptr(), x.shape[0], x.shape[2:],
-            out.shape[2:], kernel, self.stride, self.padding, self.dilation, self.size is not None, block, then, threads,
+            out.shape[2:], kernel, self.stride, self.padding, self.dilation, self.size is not None, block, depth, then,
+            threads,
         )  # fmt: skip
         return out
 

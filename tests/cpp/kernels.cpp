@@ -519,9 +519,12 @@ void test_convolution(std::int64_t channels, std::int64_t filters, std::int64_t 
   const std::int64_t tap_stride = channels_last ? channels : 1, channel_stride = channels_last ? 1 : window;
   const auto x = draw(images * size[0] * size[1] * channels), s = draw(images * out[0] * out[1] * filters);
   const auto weight = draw(filters * channels * window);
-  std::vector<double> factors(static_cast<std::size_t>((filters + 31) / 32 * 32), 1.0), forward(s.size()), back(x.size());
+  const std::int64_t padded = (filters + 31) / 32 * 32;
+  std::vector<float> factors(static_cast<std::size_t>(2 * padded), 1.0f);
+  std::vector<double> forward(s.size()), back(x.size());
   for (std::int64_t f = 0; f < filters; ++f) {
-    factors[f] = f % 3 - 0.75;  // some negative: the positive values are those of the product
+    factors[f] = static_cast<float>(f % 3) - 1.0f;  // some negative: the positive values are those of the product
+    factors[padded + f] = 0.25f;
   }
   for (std::int64_t i = 0; i < static_cast<std::int64_t>(s.size()); ++i) {
     const std::int64_t f = i % filters, z = i / filters % out[1], y = i / filters / out[1] % out[0];
@@ -530,7 +533,7 @@ void test_convolution(std::int64_t channels, std::int64_t filters, std::int64_t 
       const std::int64_t row = y * stride - padding + tap / kernel * dilation;
       const std::int64_t column = z * stride - padding + tap % kernel * dilation;
       for (std::int64_t c = 0; c < channels && row >= 0 && row < size[0] && column >= 0 && column < size[1]; ++c) {
-        const double product = weight[(f * channels * window) + tap * tap_stride + c * channel_stride] * factors[f];
+        const double product = weight[(f * channels * window) + tap * tap_stride + c * channel_stride] * (factors[f] + factors[padded + f]);
         const double value = product * (product > 0 ? 1.25 : 0.5);
         const std::int64_t place = ((image * size[0] + row) * size[1] + column) * channels + c;
         forward[i] += x[place] * value;
@@ -542,7 +545,7 @@ void test_convolution(std::int64_t channels, std::int64_t filters, std::int64_t 
                            const std::vector<double>& expected, bool transposed) {
     const std::int64_t inputs = transposed ? filters : channels, outputs = transposed ? channels : filters;
     const std::int64_t filter_stride = transposed ? channel_stride : channels * window;
-    const std::int64_t depth = window == 1 ? 256 : 64, share = ((outputs + 31) / 32 + threads - 1) / threads;
+    const std::int64_t depth = 48, share = ((outputs + 31) / 32 + threads - 1) / threads;
     auto result = poison(static_cast<std::int64_t>(expected.size()));
     auto workspace = poison(threads * (block * (window * (depth + 16) + share * 32) + depth * 32));
     const auto bias = draw(outputs);
@@ -553,7 +556,7 @@ void test_convolution(std::int64_t channels, std::int64_t filters, std::int64_t 
     const ConvolutionArguments arguments = {from.data(), given, result.data(), workspace.data(), images,
                                             {from_size[0], from_size[1]}, {to_size[0], to_size[1]}, {kernel, kernel},
                                             {stride, stride}, {padding, padding}, {dilation, dilation}, inputs, outputs,
-                                            transposed, block, threads, epilogue};
+                                            transposed, block, depth, threads, epilogue};
     run<ConvolutionArguments, &Kernels::convolution>(arguments, threads, 1, threads);
     for (std::size_t i = 0; i < result.size(); ++i) {
       const double sum = expected[i] + bias[i % outputs];
