@@ -1,5 +1,5 @@
 // A convolution for few places, straight from its weight: one image, of a layer with many channels. Panels of filters are laid out as
-// they are multiplied, and never stand in memory; threads share filters, not places, so that each reads its own. Any window, stride,
+// they are multiplied, and never stand in memory; a piece of work is a panel, so that each is read by one thread. Any window, stride,
 // padding and dilation, and the transpose of each.
 //
 // It is a sum over taps of products of matrices. A tap's rows are gathered: those that lie in the padding are zero. Of a transpose
@@ -8,6 +8,7 @@
 
 #include "epilogue_cpu.h"
 #include "filters_cpu.h"
+#include "parallel.h"
 
 namespace lrpfast {
 namespace {
@@ -37,23 +38,6 @@ inline bool meets(const ConvolutionArguments& a, const Phase& phase, int axis, s
   return !a.transposed || (phase.first[axis] + a.padding[axis] - tap * a.dilation[axis]) % a.stride[axis] == 0;
 }
 
-// `depth` channels of the rows [first, first + count) of a phase for one tap, `stride` apart.
-void gather_tap(const ConvolutionArguments& a, const Phase& phase, std::int64_t y_tap, std::int64_t x_tap,
-                std::int64_t first, std::int64_t count, std::int64_t channel, std::int64_t depth, float* to,
-                std::int64_t stride) {
-  const std::size_t bytes = static_cast<std::size_t>(depth) * sizeof(float);
-  for (std::int64_t row = first; row < first + count; ++row, to += stride) {
-    const std::int64_t image = row / (phase.count[0] * phase.count[1]);
-    const std::int64_t y = input_place(a, 0, phase.at(0, row / phase.count[1] % phase.count[0]), y_tap);
-    const std::int64_t x = input_place(a, 1, phase.at(1, row % phase.count[1]), x_tap);
-    if (y < 0 || x < 0) {
-      std::memset(to, 0, bytes);
-    } else {
-      std::memcpy(to, a.input + ((image * a.size[0] + y) * a.size[1] + x) * a.channels + channel, bytes);
-    }
-  }
-}
-
 // The taps that the places of a phase may meet.
 struct MetTaps {
   int count = 0;
@@ -70,6 +54,40 @@ struct MetTaps {
   }
 };
 
+// Some places of a phase.
+struct Block {
+  Phase phase;
+  MetTaps taps;
+  std::int64_t first, count;
+
+  Block(const ConvolutionArguments& a, const Phase& phase, std::int64_t first)
+      : phase(phase), taps(a, phase), first(first), count(smaller(a.block, a.images * phase.count[0] * phase.count[1] - first)) {}
+};
+
+// The rows of a block, as they are gathered in a workspace: [a.depth channels at a time][tap][row], this far apart.
+inline std::int64_t row_stride(const ConvolutionArguments& a) { return a.depth + kSkew; }
+
+inline std::int64_t gathered_rows(const ConvolutionArguments& a, std::int64_t channel, std::int64_t tap) {
+  return (channel / a.depth * a.kernel[0] * a.kernel[1] + tap) * a.block * row_stride(a);
+}
+
+void gather(const ConvolutionArguments& a, const Block& block, float* rows) {
+  const Phase& phase = block.phase;
+  for (int tap = 0; tap < block.taps.count; ++tap) {
+    for (std::int64_t i = 0; i < block.count; ++i) {
+      const std::int64_t row = block.first + i, image = row / (phase.count[0] * phase.count[1]);
+      const std::int64_t y = input_place(a, 0, phase.at(0, row / phase.count[1] % phase.count[0]), block.taps.y[tap]);
+      const std::int64_t x = input_place(a, 1, phase.at(1, row % phase.count[1]), block.taps.x[tap]);
+      const float* from = y < 0 || x < 0 ? nullptr : a.input + ((image * a.size[0] + y) * a.size[1] + x) * a.channels;
+      for (std::int64_t channel = 0; channel < a.channels; channel += a.depth) {
+        float* to = rows + gathered_rows(a, channel, tap) + i * row_stride(a);
+        const std::size_t bytes = static_cast<std::size_t>(smaller(a.depth, a.channels - channel)) * sizeof(float);
+        from ? std::memcpy(to, from + channel, bytes) : std::memset(to, 0, bytes);
+      }
+    }
+  }
+}
+
 // Where a row of a phase begins in the result.
 inline std::int64_t result_row(const ConvolutionArguments& a, const Phase& phase, std::int64_t row) {
   const std::int64_t image = row / (phase.count[0] * phase.count[1]);
@@ -77,13 +95,11 @@ inline std::int64_t result_row(const ConvolutionArguments& a, const Phase& phase
   return ((image * a.out_size[0] + y) * a.out_size[1] + x) * a.filters;
 }
 
-// Asks for what the epilogue of some panels reads and writes, at `count` places of a phase from `first` on, some lines at a time, while
-// their products are computed.
+// Asks for what the epilogue of a panel reads and writes, some lines at a time, while its products are computed.
 class EpilogueFetch {
  public:
-  EpilogueFetch(const ConvolutionArguments& a, const Phase& phase, std::int64_t first, std::int64_t count,
-                std::int64_t begin, std::int64_t end, std::int64_t calls)
-      : a_(a), phase_(phase), row_(first), end_(first + count), begin_(begin * kPanel) {
+  EpilogueFetch(const ConvolutionArguments& a, const Block& block, std::int64_t panel, std::int64_t calls)
+      : a_(a), phase_(block.phase), row_(block.first), end_(block.first + block.count), begin_(panel * kPanel) {
     const Epilogue& e = a.epilogue;
     const bool over = e.message_a == a.result || e.message_b == a.result;
     const float* given[] = {e.message_a, e.message_b, e.carrier, over ? nullptr : a.result};
@@ -92,21 +108,17 @@ class EpilogueFetch {
         operands_[operands_count_++] = operand;
       }
     }
-    size_ = smaller(end * kPanel, a.filters) - begin_;
-    a_time_ = (count * operands_count_ * ((size_ + kLine - 1) / kLine) + calls - 1) / calls;
+    rows_a_time_ = (block.count + calls - 1) / calls;
+    size_ = smaller(kPanel, a.filters - begin_);
   }
 
   void operator()() {
-    for (std::int64_t i = 0; i < a_time_ && row_ < end_; ++i) {
-      if (at_ == 0) {
-        from_ = operands_[operand_] + result_row(a_, phase_, row_) + begin_;
-      }
-      __builtin_prefetch(from_ + at_, 0, 2);
-      at_ += kLine;
-      if (at_ >= size_) {
-        at_ = 0;
-        operand_ = (operand_ + 1) % operands_count_;
-        row_ += operand_ == 0;
+    for (std::int64_t i = 0; i < rows_a_time_ && row_ < end_; ++i, ++row_) {
+      const std::int64_t at = result_row(a_, phase_, row_) + begin_;
+      for (int operand = 0; operand < operands_count_; ++operand) {
+        for (std::int64_t line = 0; line < size_; line += kLine) {
+          __builtin_prefetch(operands_[operand] + at + line, 0, 2);
+        }
       }
     }
   }
@@ -114,9 +126,9 @@ class EpilogueFetch {
  private:
   const ConvolutionArguments& a_;
   const Phase& phase_;
-  std::int64_t row_, end_, begin_, size_, a_time_, at_ = 0;
-  const float *operands_[4], *from_ = nullptr;
-  int operands_count_ = 0, operand_ = 0;
+  std::int64_t row_, end_, begin_, size_, rows_a_time_;
+  const float* operands_[4];
+  int operands_count_ = 0;
 };
 
 // Asks for a panel's weight, some lines at a time, while the one before is multiplied: its pieces lie in pages of their own, where
@@ -171,12 +183,11 @@ class WeightFetch {
   bool within_ = false;  // the taps lie within a piece, not in pieces of their own
 };
 
-// The sums of one panel, at `count` places of a phase from `first` on.
-void finish_places(const ConvolutionArguments& a, const Phase& phase, std::int64_t first, std::int64_t count,
-                   std::int64_t panel, const float* sums) {
+// The sums of one panel become results.
+void finish_places(const ConvolutionArguments& a, const Block& block, std::int64_t panel, const float* sums) {
   const std::int64_t begin = panel * kPanel, end = smaller(begin + kPanel, a.filters);
-  for (std::int64_t row = first; row < first + count; ++row, sums += kPanel) {
-    const std::int64_t at = result_row(a, phase, row);
+  for (std::int64_t row = block.first; row < block.first + block.count; ++row, sums += kPanel) {
+    const std::int64_t at = result_row(a, block.phase, row);
     std::int64_t f = begin;
     for (; f + kLanes <= end; f += kLanes) {
       finish(a.epilogue, lanes(sums + f - begin), f, a.result, at + f);
@@ -187,76 +198,79 @@ void finish_places(const ConvolutionArguments& a, const Phase& phase, std::int64
   }
 }
 
-// Adds what `depth` channels from `channel` on give, for one panel, to its sums. Rows lie `stride` apart, those of a tap behind
-// those of the last.
-void multiply_places(const ConvolutionArguments& a, const MetTaps& taps, std::int64_t panel, std::int64_t channel,
-                     std::int64_t depth, const float* rows, std::int64_t stride, std::int64_t count, float* sums,
-                     float* laid_out, WeightFetch& weights, EpilogueFetch& operands) {
+// One panel of filters, at the places of a block, whose rows are gathered.
+void convolve_panel(const ConvolutionArguments& a, const Block& block, std::int64_t panel, const float* rows, float* sums,
+                    float* laid_out) {
   const std::int64_t columns = smaller(kPanel, a.filters - panel * kPanel);
+  // A fetch's calls for each step in depth. A phase may meet no tap.
+  const std::int64_t calls = larger(1, block.taps.count * ((block.count + kBlockRows - 1) / kBlockRows));
+  EpilogueFetch operands(a, block, panel, calls * ((a.channels + kFetch - 1) / kFetch));
   const auto add = [=](std::int64_t row, std::int64_t column, Lanes sum) {
     float* at = sums + row * kPanel + column;
     put(at, lanes(static_cast<const float*>(at)) + sum);
   };
-  const auto fetch = [&] {
-    weights();
-    operands();
-  };
-  for (int tap = 0; tap < taps.count; ++tap) {
-    for (std::int64_t c = 0; c < depth; c += kChannelsAtOnce) {
-      lay_out_cell(a.weight, panel, channel + c, smaller(kChannelsAtOnce, depth - c), taps.offset[tap],
-                   laid_out + c * kPanel);
+  std::memset(sums, 0, static_cast<std::size_t>(block.count * kPanel) * sizeof(float));
+  for (std::int64_t channel = 0; channel < a.channels; channel += a.depth) {
+    const std::int64_t depth = smaller(a.depth, a.channels - channel), next = channel + a.depth;
+    WeightFetch weights(a, block.taps, next < a.channels ? panel : panel + 1, next < a.channels ? next : 0,
+                        next < a.channels ? smaller(a.depth, a.channels - next) : smaller(a.depth, a.channels),
+                        calls * ((depth + kFetch - 1) / kFetch));
+    const auto fetch = [&] {
+      weights();
+      operands();
+    };
+    for (int tap = 0; tap < block.taps.count; ++tap) {
+      for (std::int64_t c = 0; c < depth; c += kChannelsAtOnce) {
+        lay_out_cell(a.weight, panel, channel + c, smaller(kChannelsAtOnce, depth - c), block.taps.offset[tap],
+                     laid_out + c * kPanel);
+      }
+      multiply_panel(block.count, rows + gathered_rows(a, channel, tap), row_stride(a), laid_out, depth, columns, add, fetch);
     }
-    multiply_panel(count, rows + tap * a.block * stride, stride, laid_out, depth, columns, add, fetch);
+  }
+  finish_places(a, block, panel, sums);
+}
+
+// The phases of a transpose with a stride; of anything else the one that there is.
+inline std::int64_t phases(const ConvolutionArguments& a) { return a.transposed ? a.stride[0] * a.stride[1] : 1; }
+
+inline Phase phase_at(const ConvolutionArguments& a, std::int64_t number) {
+  const std::int64_t step[2] = {a.transposed ? a.stride[0] : 1, a.transposed ? a.stride[1] : 1};
+  const std::int64_t y = number / step[1], x = number % step[1];
+  const auto count = [&](int axis, std::int64_t first) { return larger(0, (a.out_size[axis] - first + step[axis] - 1) / step[axis]); };
+  return {{y, x}, {step[0], step[1]}, {count(0, y), count(1, x)}};
+}
+
+inline std::int64_t blocks(const ConvolutionArguments& a, const Phase& phase) {
+  return (a.images * phase.count[0] * phase.count[1] + a.block - 1) / a.block;
+}
+
+inline Block block_at(const ConvolutionArguments& a, std::int64_t number) {
+  for (std::int64_t p = 0;; ++p) {
+    const Phase phase = phase_at(a, p);
+    if (number < blocks(a, phase)) {
+      return Block(a, phase, number * a.block);
+    }
+    number -= blocks(a, phase);
   }
 }
 
-// The panels [begin, end) of filters, at the places of one phase.
-void convolve_phase(const ConvolutionArguments& a, const Phase& phase, std::int64_t begin, std::int64_t end,
-                    float* workspace) {
-  const MetTaps taps(a, phase);
-  const std::int64_t places = a.images * phase.count[0] * phase.count[1], most = a.depth, stride = most + kSkew;
-  float* sums = workspace + a.kernel[0] * a.kernel[1] * a.block * stride;
-  float* laid_out = sums + a.block * (end - begin) * kPanel;
-  for (std::int64_t first = 0; first < places; first += a.block) {
-    const std::int64_t count = smaller(a.block, places - first), blocks = (count + kBlockRows - 1) / kBlockRows;
-    std::memset(sums, 0, static_cast<std::size_t>(a.block * (end - begin) * kPanel) * sizeof(float));
-    const std::int64_t calls = taps.count * blocks * ((a.channels + kFetch - 1) / kFetch) * (end - begin);
-    EpilogueFetch operands(a, phase, first, count, begin, end, larger(calls, 1));
-    for (std::int64_t channel = 0; channel < a.channels && taps.count > 0; channel += most) {
-      const std::int64_t depth = smaller(most, a.channels - channel);
-      for (int tap = 0; tap < taps.count; ++tap) {
-        gather_tap(a, phase, taps.y[tap], taps.x[tap], first, count, channel, depth, workspace + tap * a.block * stride,
-                   stride);
-      }
-      for (std::int64_t panel = begin; panel < end; ++panel) {
-        WeightFetch weights(a, taps, panel + 1 < end ? panel + 1 : a.filters, channel, depth,
-                            taps.count * blocks * ((depth + kFetch - 1) / kFetch));
-        multiply_places(a, taps, panel, channel, depth, workspace, stride, count, sums + (panel - begin) * a.block * kPanel,
-                        laid_out, weights, operands);
-      }
-    }
-    for (std::int64_t panel = begin; panel < end; ++panel) {
-      finish_places(a, phase, first, count, panel, sums + (panel - begin) * a.block * kPanel);
-    }
+// A piece is a panel of filters at the places of a block.
+void convolution(const ConvolutionArguments& a, Pieces& pieces) {
+  const std::int64_t panels = (a.filters + kPanel - 1) / kPanel;
+  std::int64_t count = 0;
+  for (std::int64_t p = 0; p < phases(a); ++p) {
+    count += blocks(a, phase_at(a, p)) * panels;
   }
-}
-
-// The shares [begin, end) of a.shares equal ones of the filters; each has its own workspace.
-void convolution(const ConvolutionArguments& a, std::int64_t begin, std::int64_t end) {
-  const std::int64_t panels = (a.filters + kPanel - 1) / kPanel, share = (panels + a.shares - 1) / a.shares;
-  const std::int64_t workspace =
-      a.block * (a.kernel[0] * a.kernel[1] * (a.depth + kSkew) + share * kPanel) + a.depth * kPanel;
-  const std::int64_t phases[2] = {a.transposed ? a.stride[0] : 1, a.transposed ? a.stride[1] : 1};
-  for (std::int64_t i = begin; i < end; ++i) {
-    const std::int64_t first = smaller(panels, i * share), last = smaller(panels, (i + 1) * share);
-    for (std::int64_t p = 0; p < phases[0] * phases[1] && first < last; ++p) {
-      const std::int64_t y = p / phases[1], x = p % phases[1];
-      const Phase phase = {{y, x},
-                           {phases[0], phases[1]},
-                           {(a.out_size[0] - y + phases[0] - 1) / phases[0], (a.out_size[1] - x + phases[1] - 1) / phases[1]}};
-      if (phase.count[0] > 0 && phase.count[1] > 0) {
-        convolve_phase(a, phase, first, last, a.workspace + i * workspace);
-      }
+  const std::int64_t rows_size = gathered_rows(a, (a.channels + a.depth - 1) / a.depth * a.depth, 0);
+  float* rows = a.workspace + pieces.member() * (rows_size + (a.block + a.depth) * kPanel);
+  float *sums = rows + rows_size, *laid_out = sums + a.block * kPanel;
+  std::int64_t piece = pieces.next(count);
+  while (piece >= 0) {
+    const std::int64_t number = piece / panels;
+    const Block block = block_at(a, number);
+    gather(a, block, rows);
+    for (; piece >= 0 && piece / panels == number; piece = pieces.next(count)) {
+      convolve_panel(a, block, piece % panels, rows, sums, laid_out);
     }
   }
 }

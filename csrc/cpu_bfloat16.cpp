@@ -5,12 +5,12 @@
 
 namespace lrpfast {
 
-void winograd_avx512_bf16(const WinogradArguments<std::uint16_t>& arguments, std::int64_t begin, std::int64_t end) {
-  winograd(arguments, begin, end);
+void winograd_avx512_bf16(const WinogradArguments<std::uint16_t>& arguments, Pieces& pieces) {
+  winograd(arguments, pieces);
 }
 
-void pointwise_avx512_bf16(const PointwiseArguments<std::uint16_t>& arguments, std::int64_t begin, std::int64_t end) {
-  pointwise(arguments, begin, end);
+void pointwise_avx512_bf16(const PointwiseArguments<std::uint16_t>& arguments, Pieces& pieces) {
+  pointwise(arguments, pieces);
 }
 
 }  // namespace lrpfast

@@ -160,11 +160,10 @@ inline void put_transformed(const Lanes g[9], float* to, std::int64_t point_stri
   }
 }
 
-// G g G' of the panels [begin, end).
-void winograd_filters(const FilterArguments& a, std::int64_t begin, std::int64_t end) {
+// G g G' of the panels [begin, end); those of a point lie point_stride behind those of the last.
+void transform_panels(const FilterArguments& a, std::int64_t begin, std::int64_t end, float* to, std::int64_t point_stride) {
   alignas(64) float taps[9][kChannelsAtOnce * kPanel];
-  const std::int64_t point_stride = a.filters * a.channels;
-  for (std::int64_t i = begin * a.channels; i < end * a.channels; i += kChannelsAtOnce) {
+  for (std::int64_t i = begin * a.channels; i < end * a.channels; i += kChannelsAtOnce, to += kChannelsAtOnce * kPanel) {
     for (int tap = 0; tap < 9; ++tap) {
       const std::int64_t offset = tap / 3 * a.tap_strides[0] + tap % 3 * a.tap_strides[1];
       lay_out_cell(a, i / a.channels, i % a.channels, kChannelsAtOnce, offset, taps[tap]);
@@ -174,10 +173,13 @@ void winograd_filters(const FilterArguments& a, std::int64_t begin, std::int64_t
       for (int tap = 0; tap < 9; ++tap) {
         g[tap] = lanes(taps[tap] + at);
       }
-      float* to = a.result + i * kPanel + at;
-      a.strided ? put_transformed<true>(g, to, point_stride) : put_transformed<false>(g, to, point_stride);
+      a.strided ? put_transformed<true>(g, to + at, point_stride) : put_transformed<false>(g, to + at, point_stride);
     }
   }
+}
+
+inline void winograd_filters(const FilterArguments& a, std::int64_t begin, std::int64_t end) {
+  transform_panels(a, begin, end, a.result + begin * a.channels * kPanel, a.filters * a.channels);
 }
 
 }  // namespace

@@ -125,6 +125,7 @@ inline void multiply_block(const float* a, std::int64_t a_stride, const float* b
       sum[i][j] = Lanes{};
     }
   }
+  // Three rows are addressed from one register: with one each they do not all fit, and compilers load them from the stack at each step.
   constexpr int kTogether = 3, kGroups = (kRows + kTogether - 1) / kTogether;
   const float* at[kGroups];
 #pragma GCC unroll 8
@@ -137,7 +138,7 @@ inline void multiply_block(const float* a, std::int64_t a_stride, const float* b
     }
 #pragma GCC unroll 8
     for (int g = 0; g < kGroups; ++g) {
-      asm("" : "+r"(at[g]));
+      asm("" : "+r"(at[g]));  // or compilers make fourteen of them again
     }
     Lanes right[kVectors];
 #pragma GCC unroll 2

@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <tuple>
 
 #include "cpu_capability.h"
@@ -219,7 +220,7 @@ void dense_dgrad(std::uintptr_t s, std::uintptr_t weight, std::uintptr_t result,
       [](const void* context, std::int64_t begin, std::int64_t end) {
         lrpfast::kernels().dense_dgrad(*static_cast<const DenseDgradArguments*>(context), begin, end);
       },
-      &arguments);
+      &arguments, 1);  // memory gives longer pieces of rows sooner
 }
 
 void channel_sum(std::uintptr_t carrier, int carrier_dtype, bool carrier_broadcast, std::uintptr_t message,
@@ -276,12 +277,12 @@ void pool_dgrad(std::uintptr_t message, int dtype, std::uintptr_t winners, std::
       &arguments);
 }
 
-template <typename Arguments, void (*lrpfast::Kernels::*kKernel)(const Arguments&, std::int64_t, std::int64_t)>
-void run_shares(const Arguments& arguments) {
-  lrpfast::parallel_for(
-      arguments.shares, 1, 1, static_cast<int>(arguments.shares),
-      [](const void* context, std::int64_t begin, std::int64_t end) {
-        (lrpfast::kernels().*kKernel)(*static_cast<const Arguments*>(context), begin, end);
+template <typename Arguments, void (*lrpfast::Kernels::*kKernel)(const Arguments&, lrpfast::Pieces&)>
+void run_pieces(const Arguments& arguments, int threads) {
+  lrpfast::parallel_pieces(
+      threads,
+      [](const void* context, lrpfast::Pieces& pieces) {
+        (lrpfast::kernels().*kKernel)(*static_cast<const Arguments*>(context), pieces);
       },
       &arguments);
 }
@@ -304,27 +305,6 @@ lrpfast::EpilogueOf<T> epilogue(const EpilogueTuple& given) {
           static_cast<float>(eps)};
 }
 
-template <typename T, void (*lrpfast::Kernels::*kKernel)(const WinogradArguments<T>&, std::int64_t, std::int64_t)>
-void winograd(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t result, std::uintptr_t workspace,
-              std::int64_t images, Pair size, Pair out_size, Pair padding, std::int64_t channels, std::int64_t filters,
-              std::int64_t block, std::int64_t chunk, int form, EpilogueTuple then, int threads) {
-  run_shares<WinogradArguments<T>, kKernel>({reinterpret_cast<const T*>(input),
-                                             reinterpret_cast<const T*>(weight),
-                                             reinterpret_cast<T*>(result),
-                                             reinterpret_cast<float*>(workspace),
-                                             images,
-                                             {size[0], size[1]},
-                                             {out_size[0], out_size[1]},
-                                             {padding[0], padding[1]},
-                                             channels,
-                                             filters,
-                                             block,
-                                             chunk,
-                                             threads,
-                                             static_cast<lrpfast::WinogradForm>(form),
-                                             epilogue<T>(then)});
-}
-
 // given, filter_stride, channel_stride, tap_strides, filters, channels, factors, factor_of_channel, scales
 using FilterTuple = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, Pair, std::int64_t, std::int64_t,
                                std::uintptr_t, bool, Scales>;
@@ -345,6 +325,29 @@ FilterArguments filters_of(const FilterTuple& tuple, std::uintptr_t result, bool
           strided};
 }
 
+template <typename T, void (*lrpfast::Kernels::*kKernel)(const WinogradArguments<T>&, lrpfast::Pieces&)>
+void winograd(std::uintptr_t input, std::uintptr_t weight, const std::optional<FilterTuple>& given, std::uintptr_t result,
+              std::uintptr_t workspace, std::int64_t images, Pair size, Pair out_size, Pair padding, std::int64_t channels,
+              std::int64_t filters, std::int64_t block, std::int64_t chunk, int form, EpilogueTuple then, int threads) {
+  run_pieces<WinogradArguments<T>, kKernel>(
+      {reinterpret_cast<const T*>(input),
+       reinterpret_cast<const T*>(weight),
+       given ? filters_of(*given, 0, form != static_cast<int>(lrpfast::WinogradForm::kUnitStride)) : FilterArguments(),
+       reinterpret_cast<T*>(result),
+       reinterpret_cast<float*>(workspace),
+       images,
+       {size[0], size[1]},
+       {out_size[0], out_size[1]},
+       {padding[0], padding[1]},
+       channels,
+       filters,
+       block,
+       chunk,
+       static_cast<lrpfast::WinogradForm>(form),
+       epilogue<T>(then)},
+      threads);
+}
+
 void winograd_filters(FilterTuple given, std::uintptr_t result, bool strided, int threads) {
   const FilterArguments arguments = filters_of(given, result, strided);
   lrpfast::parallel_for(
@@ -359,32 +362,33 @@ void convolution(std::uintptr_t input, FilterTuple weight, std::uintptr_t result
                  std::int64_t images, Pair size, Pair out_size, Pair kernel, Pair stride, Pair padding, Pair dilation,
                  bool transposed, std::int64_t block, std::int64_t depth, EpilogueTuple then, int threads) {
   const FilterArguments filters = filters_of(weight, 0, false);
-  run_shares<ConvolutionArguments, &lrpfast::Kernels::convolution>({floats(input),
-                                                                    filters,
-                                                                    reinterpret_cast<float*>(result),
-                                                                    reinterpret_cast<float*>(workspace),
-                                                                    images,
-                                                                    {size[0], size[1]},
-                                                                    {out_size[0], out_size[1]},
-                                                                    {kernel[0], kernel[1]},
-                                                                    {stride[0], stride[1]},
-                                                                    {padding[0], padding[1]},
-                                                                    {dilation[0], dilation[1]},
-                                                                    filters.channels,
-                                                                    filters.filters,
-                                                                    transposed,
-                                                                    block,
-                                                                    depth,
-                                                                    threads,
-                                                                    epilogue(then)});
+  run_pieces<ConvolutionArguments, &lrpfast::Kernels::convolution>(
+      {floats(input),
+       filters,
+       reinterpret_cast<float*>(result),
+       reinterpret_cast<float*>(workspace),
+       images,
+       {size[0], size[1]},
+       {out_size[0], out_size[1]},
+       {kernel[0], kernel[1]},
+       {stride[0], stride[1]},
+       {padding[0], padding[1]},
+       {dilation[0], dilation[1]},
+       filters.channels,
+       filters.filters,
+       transposed,
+       block,
+       depth,
+       epilogue(then)},
+      threads);
 }
 
-template <typename T, void (*lrpfast::Kernels::*kKernel)(const PointwiseArguments<T>&, std::int64_t, std::int64_t)>
+template <typename T, void (*lrpfast::Kernels::*kKernel)(const PointwiseArguments<T>&, lrpfast::Pieces&)>
 void pointwise(std::uintptr_t input, std::uintptr_t weight, bool by_sign, std::uintptr_t sign, std::uintptr_t result,
                std::uintptr_t workspace, std::int64_t images, Pair size, Pair out_size, Pair stride,
                std::int64_t channels, std::int64_t filters, std::int64_t block, EpilogueTuple then, int threads) {
   using lrpfast::BySign;
-  run_shares<PointwiseArguments<T>, kKernel>(
+  run_pieces<PointwiseArguments<T>, kKernel>(
       {reinterpret_cast<const T*>(input),
        reinterpret_cast<const T*>(weight),
        sign ? BySign::kGiven : by_sign ? BySign::kInput : BySign::kNone,
@@ -398,8 +402,8 @@ void pointwise(std::uintptr_t input, std::uintptr_t weight, bool by_sign, std::u
        channels,
        filters,
        block,
-       threads,
-       epilogue<T>(then)});
+       epilogue<T>(then)},
+      threads);
 }
 
 void depthwise(std::uintptr_t input, std::uintptr_t weight, std::uintptr_t result, std::int64_t images, Pair size,

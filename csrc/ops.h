@@ -124,25 +124,6 @@ struct EpilogueOf {
 };
 using Epilogue = EpilogueOf<float>;
 
-// The layers that Winograd's filtering is for: 3 x 3 filters, stride 1 (a transpose is one, too), stride 2, and the transpose of the latter.
-enum class WinogradForm : int { kUnitStride = 0, kStrided = 1, kStridedTranspose = 2 };
-
-// result = convolution of images with 3 x 3 filters, or its transpose (winograd_cpu.h): channels-last; T as above. Channels are a
-// multiple of 16, filters of 32.
-template <typename T>
-struct WinogradArguments {
-  const T* input;    // [images, size, channels]
-  const T* weight;   // G g G', [16][filters / 32][channels][32]; of bfloat16 pairs of channels, [..][channels / 2][32][2]
-  T* result;         // [images, out_size, filters]
-  float* workspace;  // shares times what winograd_workspace says
-  std::int64_t images, size[2], out_size[2], padding[2], channels, filters;
-  std::int64_t block;   // tiles that are worked on at a time
-  std::int64_t chunk;   // filters that are worked on at a time, a multiple of 32
-  std::int64_t shares;  // parts that tiles are dealt into, one a thread
-  WinogradForm form;
-  EpilogueOf<T> epilogue;
-};
-
 // Filters as they are given. A value counts as its product with its filter's factor, and as scales[0] times that where it is positive,
 // scales[1] times elsewhere.
 struct FilterArguments {
@@ -155,6 +136,25 @@ struct FilterArguments {
   float scales[2];
   float* result;  // G g G' of 3 x 3 filters as `winograd` takes them, [16][filters / 32][channels][32]
   bool strided;   // for stride 2, or its transpose
+};
+
+// The layers that Winograd's filtering is for: 3 x 3 filters, stride 1 (a transpose is one, too), stride 2, and the transpose of the latter.
+enum class WinogradForm : int { kUnitStride = 0, kStrided = 1, kStridedTranspose = 2 };
+
+// result = convolution of images with 3 x 3 filters, or its transpose (winograd_cpu.h): channels-last; T as above. Channels are a
+// multiple of 16, filters of 32.
+template <typename T>
+struct WinogradArguments {
+  const T* input;    // [images, size, channels]
+  const T* weight;   // G g G', [16][filters / 32][channels][32]; of bfloat16 pairs of channels, [..][channels / 2][32][2]; null: given
+  FilterArguments given;  // float alone: to be transformed by who multiplies them, once for each block; its result is not used
+  T* result;         // [images, out_size, filters]
+  float* workspace;  // threads times what Workspace of winograd_cpu.h takes
+  std::int64_t images, size[2], out_size[2], padding[2], channels, filters;
+  std::int64_t block;   // tiles that are worked on at a time
+  std::int64_t chunk;   // filters that are, a multiple of 32
+  WinogradForm form;
+  EpilogueOf<T> epilogue;
 };
 
 // result = convolution of images with 1 x 1 filters (pointwise_cpu.h): channels-last; T as above. There may be two weights, of which
@@ -170,11 +170,10 @@ struct PointwiseArguments {
   BySign by_sign;
   const T* sign;     // as the result, where one is given
   T* result;         // [images, out_size, filters]
-  float* workspace;  // shares * block * (channels + 16 + filters, rounded up to 32, twice where a sign is given) floats, of bfloat16
+  float* workspace;  // threads * block * (channels + 16 + filters, rounded up to 32, twice where a sign is given) floats, of bfloat16
                      // (channels / 2 + ..)
   std::int64_t images, size[2], out_size[2], stride[2], channels, filters;
   std::int64_t block;   // rows that are worked on at a time
-  std::int64_t shares;  // parts that rows are dealt into, one a thread
   EpilogueOf<T> epilogue;
 };
 
@@ -194,17 +193,18 @@ struct ConvolutionArguments {
   const float* input;      // [images, size, channels]
   FilterArguments weight;  // at most 64 taps; its result is not used
   float* result;           // [images, out_size, filters]
-  float* workspace;        // shares * (block * (taps * (depth + 16) + 32 * panels a share) + depth * 32) floats
+  float* workspace;        // threads * (block * (taps * (depth + 16) * (channels / depth, rounded up) + 32) + depth * 32) floats
   std::int64_t images, size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2], channels, filters;
   bool transposed;      // stride, padding and dilation are those of the convolution that maps the result's size to the input's
   std::int64_t block;   // places that are worked on at a time
-  std::int64_t depth;   // channels that are
-  std::int64_t shares;  // parts that panels of filters are dealt into, one a thread
+  std::int64_t depth;   // channels that are, a multiple of 16
   Epilogue epilogue;
 };
 
+class Pieces;  // parallel.h
+
 // One set of kernels an instruction set. Each computes the range [begin, end) of the result: elements, or rows of
-// images where it says so.
+// images where it says so; or the pieces that it is dealt.
 struct Kernels {
   void (*ratio)(const RatioArguments&, std::int64_t begin, std::int64_t end);
   void (*pair)(const PairArguments&, std::int64_t begin, std::int64_t end);
@@ -215,12 +215,12 @@ struct Kernels {
   void (*channel_sum)(const ChannelSumArguments&, std::int64_t begin, std::int64_t end);
   void (*max_pool)(const MaxPoolArguments&, std::int64_t begin, std::int64_t end);
   void (*pool_dgrad)(const PoolDgradArguments&, std::int64_t begin, std::int64_t end);
-  void (*winograd)(const WinogradArguments<float>&, std::int64_t begin, std::int64_t end);                   // shares
-  void (*winograd_bfloat16)(const WinogradArguments<std::uint16_t>&, std::int64_t begin, std::int64_t end);  // shares
+  void (*winograd)(const WinogradArguments<float>&, Pieces&);
+  void (*winograd_bfloat16)(const WinogradArguments<std::uint16_t>&, Pieces&);
   void (*winograd_filters)(const FilterArguments&, std::int64_t begin, std::int64_t end);  // panels of 32 filters
-  void (*pointwise)(const PointwiseArguments<float>&, std::int64_t begin, std::int64_t end);                   // shares
-  void (*pointwise_bfloat16)(const PointwiseArguments<std::uint16_t>&, std::int64_t begin, std::int64_t end);  // shares
-  void (*convolution)(const ConvolutionArguments&, std::int64_t begin, std::int64_t end);  // shares
+  void (*pointwise)(const PointwiseArguments<float>&, Pieces&);
+  void (*pointwise_bfloat16)(const PointwiseArguments<std::uint16_t>&, Pieces&);
+  void (*convolution)(const ConvolutionArguments&, Pieces&);
   void (*depthwise)(const DepthwiseArguments&, std::int64_t begin, std::int64_t end);  // rows
 };
 
@@ -229,8 +229,8 @@ extern const Kernels kernels_default;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 // Where the compiler knows AVX512-BF16: LRPFAST_AVX512_BF16.
-void winograd_avx512_bf16(const WinogradArguments<std::uint16_t>&, std::int64_t begin, std::int64_t end);
-void pointwise_avx512_bf16(const PointwiseArguments<std::uint16_t>&, std::int64_t begin, std::int64_t end);
+void winograd_avx512_bf16(const WinogradArguments<std::uint16_t>&, Pieces&);
+void pointwise_avx512_bf16(const PointwiseArguments<std::uint16_t>&, Pieces&);
 #endif
 
 }  // namespace lrpfast

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "epilogue_cpu.h"
+#include "parallel.h"
 
 namespace lrpfast {
 namespace {
@@ -99,14 +100,17 @@ void finish_rows(const PointwiseArguments<T>& a, std::int64_t first, std::int64_
   }
 }
 
+// A piece is a block of rows.
 template <BySign kSign, typename T>
-void pointwise_rows(const PointwiseArguments<T>& a, std::int64_t begin, std::int64_t end, float* workspace) {
+void pointwise_by(const PointwiseArguments<T>& a, Pieces& pieces) {
+  const std::int64_t rows = a.images * a.out_size[0] * a.out_size[1], blocks = (rows + a.block - 1) / a.block;
+  const std::int64_t width = (a.filters + kPanel - 1) / kPanel * kPanel;
   const bool gathered = gathers(a);
   const std::int64_t stride = gathered ? depth_of(a) + kSkew : depth_of(a);
-  const std::int64_t width = (a.filters + kPanel - 1) / kPanel * kPanel;
+  float* workspace = a.workspace + pieces.member() * a.block * (depth_of(a) + kSkew + (a.sign ? 2 : 1) * width);
   float *products = workspace + a.block * (depth_of(a) + kSkew), *signs = products + a.block * width;
-  for (std::int64_t first = begin; first < end; first += a.block) {
-    const std::int64_t count = smaller(a.block, end - first);
+  for (std::int64_t i = pieces.next(blocks); i >= 0; i = pieces.next(blocks)) {
+    const std::int64_t first = i * a.block, count = smaller(a.block, rows - first);
     if (gathered) {
       gather_rows(a, first, count, workspace, stride);
     }
@@ -114,29 +118,24 @@ void pointwise_rows(const PointwiseArguments<T>& a, std::int64_t begin, std::int
       const T* from = a.sign + (first + row) * a.filters;
       std::memcpy(signs + row * width, from, static_cast<std::size_t>(a.filters) * sizeof(T));
     }
-    Fetch fetch = pointwise_fetch(a, first, count, end);
-    const float* rows = gathered ? workspace : reinterpret_cast<const float*>(input_row(a, first));
-    multiply_rows<kSign>(a, rows, stride, signs, count, products, width, fetch);
+    Fetch fetch = pointwise_fetch(a, first, count, rows);
+    const float* from = gathered ? workspace : reinterpret_cast<const float*>(input_row(a, first));
+    multiply_rows<kSign>(a, from, stride, signs, count, products, width, fetch);
     finish_rows(a, first, count, products, width);
   }
 }
 
-// The shares [begin, end) of a.shares equal ones; each has its own workspace.
 template <typename T>
-void pointwise(const PointwiseArguments<T>& a, std::int64_t begin, std::int64_t end) {
-  const std::int64_t rows = a.images * a.out_size[0] * a.out_size[1];
-  const std::int64_t share = ((rows + a.shares - 1) / a.shares + kBlockRows - 1) / kBlockRows * kBlockRows;
-  const std::int64_t width = (a.filters + kPanel - 1) / kPanel * kPanel;
-  const std::int64_t workspace = a.block * (depth_of(a) + kSkew + (a.sign ? 2 : 1) * width);
-  auto rows_of = pointwise_rows<BySign::kNone, T>;
+void pointwise(const PointwiseArguments<T>& a, Pieces& pieces) {
   if constexpr (kValuesAFloat<T> == 1) {
-    rows_of = a.by_sign == BySign::kInput ? pointwise_rows<BySign::kInput, T>
-              : a.by_sign == BySign::kGiven ? pointwise_rows<BySign::kGiven, T>
-                                            : rows_of;
+    if (a.by_sign == BySign::kInput) {
+      return pointwise_by<BySign::kInput>(a, pieces);
+    }
+    if (a.by_sign == BySign::kGiven) {
+      return pointwise_by<BySign::kGiven>(a, pieces);
+    }
   }
-  for (std::int64_t i = begin; i < end; ++i) {
-    rows_of(a, smaller(rows, i * share), smaller(rows, (i + 1) * share), a.workspace + i * workspace);
-  }
+  pointwise_by<BySign::kNone>(a, pieces);
 }
 
 }  // namespace

@@ -18,6 +18,8 @@
 #include <utility>
 
 #include "epilogue_cpu.h"
+#include "filters_cpu.h"
+#include "parallel.h"
 
 namespace lrpfast {
 namespace {
@@ -223,73 +225,93 @@ void store_tile(const WinogradArguments<T>& a, std::int64_t image, std::int64_t 
   }
 }
 
-// Floats of a workspace: a block's operands, then products.
+// Of a thread's workspace, in floats: a block's operands; its products with a chunk of filters; and that chunk, where filters are given.
 template <typename Form, typename T>
-inline std::int64_t winograd_workspace(const WinogradArguments<T>& a) {
-  return a.block * (Form::kOperands * Form::kOperands * (a.channels / kValuesAFloat<T> + kSkew) +
-                    Form::kProducts * Form::kProducts * (a.chunk + kSkew));
-}
+struct Workspace {
+  float *operands, *products, *filters;
 
-// The tiles [begin, end), with the help of a workspace.
+  static std::int64_t operands_size(const WinogradArguments<T>& a) {
+    return Form::kOperands * Form::kOperands * a.block * (a.channels / kValuesAFloat<T> + kSkew);
+  }
+  static std::int64_t products_size(const WinogradArguments<T>& a) {
+    return Form::kProducts * Form::kProducts * a.block * (a.chunk + kSkew);
+  }
+
+  Workspace(const WinogradArguments<T>& a, int member) {
+    const std::int64_t filters_size = a.weight ? 0 : kFilters * kFilters * a.chunk * a.channels;
+    operands = a.workspace + member * (operands_size(a) + products_size(a) + filters_size);
+    products = operands + operands_size(a), filters = products + products_size(a);
+  }
+};
+
 template <typename Form, typename T>
-void winograd_tiles(const WinogradArguments<T>& a, const Tiles<Form>& tiles, std::int64_t begin, std::int64_t end,
-                    float* workspace) {
-  constexpr std::int64_t kValues = kValuesAFloat<T>;
-  const std::int64_t depth = a.channels / kValues, stride = depth + kSkew, chunk_stride = a.chunk + kSkew;
-  T* operands = reinterpret_cast<T*>(workspace);
-  const float* weight = reinterpret_cast<const float*>(a.weight);
-  float* products = workspace + Form::kOperands * Form::kOperands * a.block * stride;
-  for (std::int64_t first = begin; first < end; first += a.block) {
-    const std::int64_t last = smaller(first + a.block, end);
-    for (std::int64_t t = first; t < last; ++t) {
-      const Tile tile = tiles.at(t);
-      load_tile<Form>(a, a.input + tile.image * a.size[0] * a.size[1] * a.channels, tiles.input(tile, 0),
-                      tiles.input(tile, 1), operands + (t - first) * stride * kValues, a.block * stride * kValues);
-    }
-    for (std::int64_t filter = 0; filter < a.filters; filter += a.chunk) {
-      const std::int64_t width = smaller(a.chunk, a.filters - filter);
-      for (int point = 0; point < Form::kProducts * Form::kProducts; ++point) {
-        const int i = point / Form::kProducts, j = point % Form::kProducts;
-        const auto [from, until] = tiles.needing(i, j, first, last);
-        const std::int64_t operand = Form::operand(i) * Form::kOperands + Form::operand(j);
-        const std::int64_t filter_point = Form::filter(i) * kFilters + Form::filter(j);
-        for (std::int64_t f = 0; f < width; f += kPanel) {
-          float* to = products + (point * a.block + from - first) * chunk_stride + f;
-          multiply_panel<kFactorsOf<T>>(
-              until - from, workspace + (operand * a.block + from - first) * stride, stride,
-              weight + (filter_point * a.filters + filter + f) * depth, depth, kPanel,
-              [=](std::int64_t row, std::int64_t column, Lanes sum) { put(to + row * chunk_stride + column, sum); });
-        }
-      }
-      for (std::int64_t t = first; t < last; ++t) {
-        const Tile tile = tiles.at(t);
-        store_tile<Form>(a, tile.image, tiles.result(tile, 0), tiles.result(tile, 1), filter, width,
-                         products + (t - first) * chunk_stride, a.block * chunk_stride);
-      }
-    }
+void load_tiles(const WinogradArguments<T>& a, const Tiles<Form>& tiles, std::int64_t first, std::int64_t last,
+                float* operands) {
+  const std::int64_t stride = a.channels + kSkew * kValuesAFloat<T>;
+  for (std::int64_t t = first; t < last; ++t) {
+    const Tile tile = tiles.at(t);
+    load_tile<Form>(a, a.input + tile.image * a.size[0] * a.size[1] * a.channels, tiles.input(tile, 0), tiles.input(tile, 1),
+                    reinterpret_cast<T*>(operands) + (t - first) * stride, a.block * stride);
   }
 }
 
+// The results of the tiles [first, last), whose operands are loaded, for `width` filters from `filter` on.
 template <typename Form, typename T>
-void winograd_of(const WinogradArguments<T>& a, std::int64_t begin, std::int64_t end) {
+void convolve_tiles(const WinogradArguments<T>& a, const Tiles<Form>& tiles, std::int64_t first, std::int64_t last,
+                    std::int64_t filter, std::int64_t width, const Workspace<Form, T>& workspace) {
+  const std::int64_t depth = a.channels / kValuesAFloat<T>, stride = depth + kSkew, chunk_stride = a.chunk + kSkew;
+  const float* weight = a.weight ? reinterpret_cast<const float*>(a.weight) + filter * depth : workspace.filters;
+  const std::int64_t point_stride = (a.weight ? a.filters : a.chunk) * depth;
+  for (int point = 0; point < Form::kProducts * Form::kProducts; ++point) {
+    const int i = point / Form::kProducts, j = point % Form::kProducts;
+    const auto [from, until] = tiles.needing(i, j, first, last);
+    const std::int64_t operand = Form::operand(i) * Form::kOperands + Form::operand(j);
+    const std::int64_t filter_point = Form::filter(i) * kFilters + Form::filter(j);
+    for (std::int64_t f = 0; f < width; f += kPanel) {
+      float* to = workspace.products + (point * a.block + from - first) * chunk_stride + f;
+      multiply_panel<kFactorsOf<T>>(
+          until - from, workspace.operands + (operand * a.block + from - first) * stride, stride,
+          weight + filter_point * point_stride + f * depth, depth, kPanel,
+          [=](std::int64_t row, std::int64_t column, Lanes sum) { put(to + row * chunk_stride + column, sum); });
+    }
+  }
+  for (std::int64_t t = first; t < last; ++t) {
+    const Tile tile = tiles.at(t);
+    store_tile<Form>(a, tile.image, tiles.result(tile, 0), tiles.result(tile, 1), filter, width,
+                     workspace.products + (t - first) * chunk_stride, a.block * chunk_stride);
+  }
+}
+
+// A piece is a chunk of filters, for a block of tiles.
+template <typename Form, typename T>
+void winograd_of(const WinogradArguments<T>& a, Pieces& pieces) {
   const Tiles<Form> tiles(a);
-  const std::int64_t share = (tiles.count() + a.shares - 1) / a.shares;
-  for (std::int64_t i = begin; i < end; ++i) {
-    winograd_tiles(a, tiles, smaller(tiles.count(), i * share), smaller(tiles.count(), (i + 1) * share),
-                   a.workspace + i * winograd_workspace<Form>(a));
+  const Workspace<Form, T> workspace(a, pieces.member());
+  const std::int64_t chunks = (a.filters + a.chunk - 1) / a.chunk, count = (tiles.count() + a.block - 1) / a.block * chunks;
+  std::int64_t loaded = -1;
+  for (std::int64_t i = pieces.next(count); i >= 0; i = pieces.next(count)) {
+    const std::int64_t first = i / chunks * a.block, last = smaller(tiles.count(), first + a.block);
+    const std::int64_t filter = i % chunks * a.chunk, width = smaller(a.chunk, a.filters - filter);
+    if (loaded != first) {
+      load_tiles(a, tiles, first, last, workspace.operands);
+      loaded = first;
+    }
+    if (!a.weight) {
+      transform_panels(a.given, filter / kPanel, (filter + width) / kPanel, workspace.filters, a.chunk * a.channels);
+    }
+    convolve_tiles(a, tiles, first, last, filter, width, workspace);
   }
 }
 
-// The shares [begin, end) of a.shares equal ones; each has its own workspace.
 template <typename T>
-void winograd(const WinogradArguments<T>& a, std::int64_t begin, std::int64_t end) {
+void winograd(const WinogradArguments<T>& a, Pieces& pieces) {
   switch (a.form) {
     case WinogradForm::kUnitStride:
-      return winograd_of<UnitStride>(a, begin, end);
+      return winograd_of<UnitStride>(a, pieces);
     case WinogradForm::kStrided:
-      return winograd_of<Strided>(a, begin, end);
+      return winograd_of<Strided>(a, pieces);
     case WinogradForm::kStridedTranspose:
-      return winograd_of<StridedTranspose>(a, begin, end);
+      return winograd_of<StridedTranspose>(a, pieces);
   }
 }
 

@@ -152,6 +152,7 @@ def pool_dgrad(
 def winograd(
     input: int,
     weight: int,
+    given: _Filters | None,
     result: int,
     workspace: int,
     images: int,

@@ -51,7 +51,7 @@ class Filters:
     def of(cls, weight: Tensor, factors: Tensor) -> Filters:
         """Filters with a factor each, ``[K]``."""
         exact = torch.nn.functional.pad(factors.double(), (0, -len(factors) % PANEL))
-        return cls(weight, torch.stack([exact.float(), (exact - exact.float()).nan_to_num().float()]))
+        return cls(weight, torch.stack([exact.float(), (exact - exact.float()).nan_to_num(0.0, 0.0, 0.0).float()]))
 
     @property
     def shape(self) -> Sequence[int]:

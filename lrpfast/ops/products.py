@@ -32,7 +32,9 @@ from lrpfast.ops.filters import PANEL, Filters, floats
 
 _SKEW = 16  # kSkew of csrc/matrix_cpu.h
 _PLACES = 196  # that are worked on at a time by `Direct`: their rows stay in the second-level cache, or near it
-_CHUNK = 128  # filters that are worked on at a time by `Winograd`: products stay in the second-level cache
+_CHUNK = 128  # filters that are worked on at a time by `Winograd`, at most: products stay in the second-level cache
+# Pieces of work that a thread should have, at least: one that is slower then holds the other up less (csrc/parallel.h).
+_PIECES = 4
 
 Clamp = tuple[float, float]  # the smallest and the largest value
 RELU: Clamp = (0.0, math.inf)
@@ -132,18 +134,25 @@ class Winograd:
     def run(self, x: Tensor, out: Tensor, then: _Then) -> Tensor:
         assert native.extension is not None
         channels, filters = x.shape[1], out.shape[1]
-        weight = self.weight.transformed(self.stride == 2) if isinstance(self.weight, Filters) else self.weight
         form = _UNIT_STRIDE if self.stride == 1 else _STRIDED if self.size is None else _STRIDED_TRANSPOSE
-        chunk, threads = min(_CHUNK, filters), torch.get_num_threads()
-        share = max(1, -(-form.tiles(out) // threads))
+        tiles, threads = form.tiles(out), torch.get_num_threads()
         # Equal blocks: for a small last one all weights would be read once more.
-        block = -(-share // max(1, round(share / form.at_once)))
-        narrow = weight.dtype is torch.bfloat16
+        blocks = max(1, round(tiles / form.at_once))
+        block = max(1, -(-tiles // blocks))
+        weight, given = self.weight, None
+        if isinstance(weight, Filters) and blocks == 1:
+            given = weight.described(weight.transposed)
+        elif isinstance(weight, Filters):
+            weight = weight.transformed(self.stride == 2)
+        # Pieces enough for threads to share them evenly.
+        chunk = min(_CHUNK, filters, max(PANEL, blocks * filters // (_PIECES * threads) // PANEL * PANEL))
+        narrow = x.dtype is torch.bfloat16
         depth = channels // 2 if narrow else channels
-        workspace = floats(threads * block * (form.operands * (depth + _SKEW) + form.products * (chunk + _SKEW)))
+        products = block * (form.operands * (depth + _SKEW) + form.products * (chunk + _SKEW))
+        workspace = floats(threads * (products + (0 if given is None else 16 * chunk * channels)))
         (native.extension.winograd_bfloat16 if narrow else native.extension.winograd)(
-            x.data_ptr(), weight.data_ptr(), out.data_ptr(), workspace.data_ptr(), x.shape[0], x.shape[2:],
-            out.shape[2:], self.padding, channels, filters, block, chunk, form.number, then, threads,
+            x.data_ptr(), 0 if isinstance(weight, Filters) else weight.data_ptr(), given, out.data_ptr(), workspace.data_ptr(),
+            x.shape[0], x.shape[2:], out.shape[2:], self.padding, channels, filters, block, chunk, form.number, then, threads,
         )  # fmt: skip
         return out
 
@@ -228,7 +237,10 @@ class Pointwise:
         panels, depth = self.weight.shape[:2]
         width = panels * PANEL
         threads = torch.get_num_threads()
-        rows = 14 if depth <= 64 else 28  # at a time: their products stay in the first-level cache, or near it
+        # At a time: their products stay in the first-level cache, or near it. Of few rows threads share smaller pieces more evenly; of
+        # very few, larger ones read the weight less often.
+        pieces = x.shape[0] * math.prod(out.shape[2:]) / (_PIECES * threads)
+        rows = 14 if depth <= 64 or 14 <= pieces < 28 else 28
         workspace = floats(threads * rows * (depth + _SKEW + (width if sign is None else 2 * width)))
         narrow = self.weight.dtype is torch.bfloat16
         (native.extension.pointwise_bfloat16 if narrow else native.extension.pointwise)(
@@ -337,11 +349,12 @@ class Direct:
         assert native.extension is not None
         kernel = self.weight.shape[2:]
         taps, threads = math.prod(kernel), torch.get_num_threads()
-        block = min(_PLACES, out.shape[0] * math.prod(out.shape[2:]))
-        # Channels that are worked on at a time: a tap's panel then stays in the first-level cache, the rows of all taps in the second.
-        depth, panels = 256 if taps == 1 else 128 if taps <= 9 else 64, -(-self.weight.shape[0] // PANEL)
-        share = -(-panels // threads)
-        workspace = floats(threads * (block * (taps * (depth + _SKEW) + share * PANEL) + depth * PANEL))
+        most = max(28, 2**20 // (taps * x.shape[1]))  # rows of 4 MB, or of two blocks of registers
+        block = min(_PLACES, most, max(1, out.shape[0] * math.prod(out.shape[2:])))
+        # Channels that are worked on at a time: a tap's panel then stays in the first-level cache.
+        depth = min(256 if taps == 1 else 128 if taps <= 9 else 64, -(-x.shape[1] // 16) * 16)
+        rows = block * taps * -(-x.shape[1] // depth) * (depth + _SKEW)
+        workspace = floats(threads * (rows + (block + depth) * PANEL))
         native.extension.convolution(
             x.data_ptr(), self.weight.described(), out.data_ptr(), workspace.data_ptr(), x.shape[0], x.shape[2:],
             out.shape[2:], kernel, self.stride, self.padding, self.dilation, self.size is not None, block, depth, then,

@@ -3,6 +3,8 @@
 // Values are checked against one line of double arithmetic each; the thorough comparison is in tests/test_ops_*.py.
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -59,6 +61,43 @@ void run(const Arguments& arguments, std::int64_t size, std::int64_t unit, int t
         (kernels().*kKernel)(*static_cast<const Arguments*>(context), begin, end);
       },
       &arguments);
+}
+
+template <typename Arguments, void (*Kernels::*kKernel)(const Arguments&, Pieces&)>
+void run(const Arguments& arguments, int threads) {
+  parallel_pieces(
+      threads,
+      [](const void* context, Pieces& pieces) { (kernels().*kKernel)(*static_cast<const Arguments*>(context), pieces); },
+      &arguments);
+}
+
+// Each piece is given to one member; and where one is kept, the others take those that would have been its own.
+void test_pieces(std::int64_t count, int threads) {
+  struct Dealt {
+    std::int64_t count;
+    mutable std::vector<std::atomic<int>> times;
+    mutable std::atomic<std::int64_t> done{0};
+  };
+  const Dealt dealt = {count, std::vector<std::atomic<int>>(static_cast<std::size_t>(count)), {}};
+  parallel_pieces(
+      threads,
+      [](const void* context, Pieces& pieces) {
+        const Dealt& all = *static_cast<const Dealt*>(context);
+        const auto begin = std::chrono::steady_clock::now();
+        for (std::int64_t i = pieces.next(all.count); i >= 0; i = pieces.next(all.count)) {
+          ++all.times[i];
+          const bool kept = pieces.member() == 0 && members > 1;
+          while (kept && all.done < all.count - 1 && std::chrono::steady_clock::now() - begin < std::chrono::seconds(30)) {
+            std::this_thread::yield();
+          }
+          check(!kept || all.done == all.count - 1, "pieces of a member that is kept", i);
+          ++all.done;
+        }
+      },
+      &dealt);
+  for (std::int64_t i = 0; i < count; ++i) {
+    check(dealt.times[i] == 1, "pieces", i);
+  }
 }
 
 // ---- Operands --------------------------------------------------------------------------------------------------------
@@ -345,17 +384,20 @@ void test_winograd(const Filtered& layer, int threads) {
   for (std::size_t i = 0; i < laid_out.size(); ++i) {
     check(std::fabs(in_one_call[i] - laid_out[i]) < 1e-6, "winograd_filters", static_cast<std::int64_t>(i));
   }
-  auto result = poison(images * out[0] * out[1] * filters), workspace = poison(threads * 25 * block * (channels + chunk + 32));
-  const auto message = draw(static_cast<std::int64_t>(result.size()));
+  const auto message = draw(images * out[0] * out[1] * filters);
   const Epilogue epilogue = {nullptr, false, false, 0, 0, nullptr, message.data(), nullptr, 0.5f};
-  const WinogradArguments<float> arguments = {x.data(), laid_out.data(), result.data(), workspace.data(), images,
-                                       {size[0], size[1]}, {out[0], out[1]}, {padding, padding}, channels, filters,
-                                       block, chunk, threads, layer.form, epilogue};
-  run<WinogradArguments<float>, &Kernels::winograd>(arguments, threads, 1, threads);
-  for (std::size_t i = 0; i < result.size(); ++i) {
-    const double sum = layer.value(x, weight, static_cast<std::int64_t>(i));
-    const double stable = sum + (sum >= 0 ? 0.5 : -0.5);
-    check(std::fabs(result[i] * stable - message[i]) < 1e-4 || std::fabs(sum) < 1e-4, "winograd", static_cast<std::int64_t>(i));
+  for (const float* ready : {static_cast<const float*>(laid_out.data()), static_cast<const float*>(nullptr)}) {
+    auto result = poison(static_cast<std::int64_t>(message.size()));
+    auto workspace = poison(threads * (25 * block * (channels + chunk + 32) + 16 * chunk * channels));
+    const WinogradArguments<float> arguments = {x.data(), ready, given, result.data(), workspace.data(), images,
+                                                {size[0], size[1]}, {out[0], out[1]}, {padding, padding}, channels, filters,
+                                                block, chunk, layer.form, epilogue};
+    run<WinogradArguments<float>, &Kernels::winograd>(arguments, threads);
+    for (std::size_t i = 0; i < result.size(); ++i) {
+      const double sum = layer.value(x, weight, static_cast<std::int64_t>(i));
+      const double stable = sum + (sum >= 0 ? 0.5 : -0.5);
+      check(std::fabs(result[i] * stable - message[i]) < 1e-4 || std::fabs(sum) < 1e-4, "winograd", static_cast<std::int64_t>(i));
+    }
   }
 }
 
@@ -404,9 +446,9 @@ void test_winograd_bfloat16(const Filtered& layer, int threads) {
   auto workspace = poison(threads * 25 * block * (channels / 2 + chunk + 32));
   std::vector<std::uint16_t> result(static_cast<std::size_t>(images * out[0] * out[1] * filters), 0x7fc0);
   const WinogradArguments<std::uint16_t> arguments = {
-      narrow_x.data(), laid_out.data(), result.data(), workspace.data(), images, {size[0], size[1]}, {out[0], out[1]},
-      {padding, padding}, channels, filters, block, chunk, threads, layer.form, {}};
-  run<WinogradArguments<std::uint16_t>, &Kernels::winograd_bfloat16>(arguments, threads, 1, threads);
+      narrow_x.data(), laid_out.data(), {}, result.data(), workspace.data(), images, {size[0], size[1]}, {out[0], out[1]},
+      {padding, padding}, channels, filters, block, chunk, layer.form, {}};
+  run<WinogradArguments<std::uint16_t>, &Kernels::winograd_bfloat16>(arguments, threads);
   for (std::size_t i = 0; i < result.size(); ++i) {
     const double sum = layer.value(x, weight, static_cast<std::int64_t>(i));
     check(std::fabs(widened(result[i]) - sum) <= std::fabs(sum) / 256, "winograd_bfloat16", static_cast<std::int64_t>(i));
@@ -429,8 +471,8 @@ void test_pointwise(std::int64_t channels, std::int64_t filters, std::int64_t st
   const Epilogue epilogue = {bias.data(), false, true, 0, 1, nullptr, nullptr, nullptr, 0.0f};
   const PointwiseArguments<float> arguments = {x.data(), laid_out.data(), by_sign, by_given ? given.data() : nullptr,
                                         result.data(), workspace.data(), images, {size[0], size[1]},
-                                        {out[0], out[1]}, {stride, stride}, channels, filters, block, threads, epilogue};
-  run<PointwiseArguments<float>, &Kernels::pointwise>(arguments, threads, 1, threads);
+                                        {out[0], out[1]}, {stride, stride}, channels, filters, block, epilogue};
+  run<PointwiseArguments<float>, &Kernels::pointwise>(arguments, threads);
   for (std::size_t i = 0; i < result.size(); ++i) {
     const std::int64_t filter = i % filters, z = i / filters % out[1], y = i / filters / out[1] % out[0];
     const float* row = &x[((i / filters / out[1] / out[0] * size[0] + y * stride) * size[1] + z * stride) * channels];
@@ -457,8 +499,8 @@ void test_pointwise_bfloat16(std::int64_t channels, std::int64_t filters, std::i
   auto workspace = poison(threads * block * (channels / 2 + 16 + width));
   const PointwiseArguments<std::uint16_t> arguments = {
       narrow_x.data(), laid_out.data(), BySign::kNone, nullptr, result.data(), workspace.data(), images,
-      {size[0], size[1]}, {out[0], out[1]}, {stride, stride}, channels, filters, block, threads, {}};
-  run<PointwiseArguments<std::uint16_t>, &Kernels::pointwise_bfloat16>(arguments, threads, 1, threads);
+      {size[0], size[1]}, {out[0], out[1]}, {stride, stride}, channels, filters, block, {}};
+  run<PointwiseArguments<std::uint16_t>, &Kernels::pointwise_bfloat16>(arguments, threads);
   for (std::size_t i = 0; i < result.size(); ++i) {
     const std::int64_t filter = i % filters, z = i / filters % out[1], y = i / filters / out[1] % out[0];
     const float* row = &x[((i / filters / out[1] / out[0] * size[0] + y * stride) * size[1] + z * stride) * channels];
@@ -545,9 +587,9 @@ void test_convolution(std::int64_t channels, std::int64_t filters, std::int64_t 
                            const std::vector<double>& expected, bool transposed) {
     const std::int64_t inputs = transposed ? filters : channels, outputs = transposed ? channels : filters;
     const std::int64_t filter_stride = transposed ? channel_stride : channels * window;
-    const std::int64_t depth = 48, share = ((outputs + 31) / 32 + threads - 1) / threads;
+    const std::int64_t depth = 48, rows = window * (depth + 16) * ((inputs + depth - 1) / depth);
     auto result = poison(static_cast<std::int64_t>(expected.size()));
-    auto workspace = poison(threads * (block * (window * (depth + 16) + share * 32) + depth * 32));
+    auto workspace = poison(threads * (block * (rows + 32) + depth * 32));
     const auto bias = draw(outputs);
     const FilterArguments given = {weight.data(), filter_stride, transposed ? channels * window : channel_stride,
                                    {kernel * tap_stride, tap_stride}, outputs, inputs, factors.data(), transposed, true,
@@ -556,8 +598,8 @@ void test_convolution(std::int64_t channels, std::int64_t filters, std::int64_t 
     const ConvolutionArguments arguments = {from.data(), given, result.data(), workspace.data(), images,
                                             {from_size[0], from_size[1]}, {to_size[0], to_size[1]}, {kernel, kernel},
                                             {stride, stride}, {padding, padding}, {dilation, dilation}, inputs, outputs,
-                                            transposed, block, depth, threads, epilogue};
-    run<ConvolutionArguments, &Kernels::convolution>(arguments, threads, 1, threads);
+                                            transposed, block, depth, epilogue};
+    run<ConvolutionArguments, &Kernels::convolution>(arguments, threads);
     for (std::size_t i = 0; i < result.size(); ++i) {
       const double sum = expected[i] + bias[i % outputs];
       check(std::fabs(result[i] - std::fmin(std::fmax(sum, -0.5), 0.75)) < 1e-3, "convolution", static_cast<std::int64_t>(i));
@@ -572,6 +614,9 @@ void test_convolution(std::int64_t channels, std::int64_t filters, std::int64_t 
 int main() {
   bind_openmp({team, [] { return member; }, [] { return members; }});
   for (int threads : {1, 2, 3}) {
+    for (std::int64_t count : {0, 1, 2, 3, 10, 100}) {
+      test_pieces(count, threads);
+    }
     test_winograd_bfloat16({WinogradForm::kUnitStride, {5, 8}, 1}, threads);  // by the best set there is: all others' kernels are in the sets below
     test_pointwise_bfloat16(18, 40, 2, threads);
   }
