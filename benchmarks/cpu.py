@@ -85,8 +85,11 @@ def measure(row: Row, columns: list[str], repeats: int, threads: int) -> dict[st
     del work
     gc.collect()
     unit = timings["forward"].median
-    gradient = memory.peak(row.model, row.batch, threads, "gradient")
-    own = memory.peak(row.model, row.batch, threads, "lrpfast", row.composite, "auto")
+    # Peaks of one process and the next differ by some 5%: when freed memory is returned is not the same twice.
+    gradient, own = (
+        statistics.median(memory.peak(row.model, row.batch, threads, *what) for _ in range(3))
+        for what in (("gradient",), ("lrpfast", row.composite, "auto"))
+    )
     return {
         **dataclasses.asdict(row),
         "forward_ms": round(unit * 1000, 1),
