@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -659,6 +660,8 @@ def test_a_weight_said_by_what_it_is_made_of() -> None:
     assert given.factors is None and given.scales == folded.scales == (1.0, 1.0) and plus.scales == (1.0, 0.0)
     assert plus.factors.shape == (2, 64) and plus.factors.dtype == torch.float32  # whole panels
     torch.testing.assert_close(plus.factors[:, :40].double().sum(0), factors, rtol=2**-47, atol=0.0)
+    beyond = Filters.of(weight[:2], torch.tensor([math.inf, -1e300], dtype=torch.float64)).factors
+    assert beyond[:, :2].tolist() == [[math.inf, -math.inf], [0.0, 0.0]]
     assert constants.filters("other") is None
     del constants["folded"]
     assert constants.filters("folded") is None

@@ -328,8 +328,10 @@ double transformed(const float* g, int point, bool strided) {
   return sum;
 }
 
-// A layer that Winograd's filtering is for: 2 images of 16 channels, 64 filters.
+// A layer that Winograd's filtering is for: 2 images of 16 channels.
 struct Filtered {
+  static constexpr std::int64_t filters = 96;  // three panels: the last chunk of them is a part
+
   WinogradForm form;
   std::int64_t size[2], padding;
 
@@ -345,7 +347,8 @@ struct Filtered {
 
   // One value of the result, in double. The taps of a transpose are in reverse.
   double value(const std::vector<float>& x, const std::vector<float>& weight, std::int64_t i) const {
-    const std::int64_t filter = i % 64, z = i / 64 % out(1), y = i / 64 / out(1) % out(0), image = i / 64 / out(1) / out(0);
+    const std::int64_t filter = i % filters, z = i / filters % out(1), y = i / filters / out(1) % out(0);
+    const std::int64_t image = i / filters / out(1) / out(0);
     const std::int64_t stride = strided() ? 2 : 1;
     if (form != WinogradForm::kStridedTranspose) {
       return convolved(x, weight, size, 16, 3, image, y * stride - padding, z * stride - padding, filter);
@@ -365,7 +368,7 @@ struct Filtered {
 };
 
 void test_winograd(const Filtered& layer, int threads) {
-  const std::int64_t images = 2, channels = 16, filters = 64, block = 5, chunk = 32, padding = layer.padding;
+  const std::int64_t images = 2, channels = 16, filters = Filtered::filters, block = 5, chunk = 64, padding = layer.padding;
   const std::int64_t size[2] = {layer.size[0], layer.size[1]}, out[2] = {layer.out(0), layer.out(1)};
   const std::int64_t height = size[0], width = size[1];
   const auto x = draw(images * height * width * channels), weight = draw(filters * channels * 9);
@@ -426,7 +429,7 @@ std::vector<float> integers(std::int64_t size, float most) {
 
 // Integers that nothing rounds but the end.
 void test_winograd_bfloat16(const Filtered& layer, int threads) {
-  const std::int64_t images = 2, channels = 16, filters = 64, block = 5, chunk = 32, padding = layer.padding;
+  const std::int64_t images = 2, channels = 16, filters = Filtered::filters, block = 5, chunk = 64, padding = layer.padding;
   const std::int64_t size[2] = {layer.size[0], layer.size[1]}, out[2] = {layer.out(0), layer.out(1)};
   const std::int64_t height = size[0], width = size[1];
   const auto x = integers(images * height * width * channels, 2);
