@@ -513,6 +513,7 @@ def _run(
         resolved = checks.resolve_target(target, output)
         results = [run.send(t) for t in (resolved.unbind(1) if resolved.dim() == 2 else [resolved])]
     run.close()
+    executor.settle(inputs[0].shape[0])
     several = seed is not Seed.TENSOR and resolved.dim() == 2
     columns = [torch.stack(c, 1) if several else c[0] for c in zip(*results, strict=True)]
     return _explanation(executor, inputs, output, resolved, columns, seed, first)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import lrpfast
+from lrpfast.runtime import executor
 from lrpfast.runtime.memory import keep_freed_memory
 
 _FREE_A_QUARTER_GIBIBYTE = """
@@ -56,6 +57,21 @@ def test_freed_memory_is_kept():
     while_made, given_back, _, said = _mebibytes_kept("0")
     assert while_made < 20 and given_back < 20
     assert "LRPFAST_KEEP_MEMORY=0" in said
+
+
+def test_memory_is_given_back_after_the_first_run_of_each_size(monkeypatch: pytest.MonkeyPatch):
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 2)
+    ).eval()
+    explainer = lrpfast.Explainer(model, torch.randn(2, 3, 8, 8))
+    given_back: list[torch.device] = []
+    monkeypatch.setattr(executor, "give_back_free_memory", given_back.append)
+    counts = []
+    for size in (2, 2, 3, 2, 3, 1, 1):
+        explainer(torch.randn(size, 3, 8, 8), target=0)
+        counts.append(len(given_back))
+    assert counts == [1, 1, 2, 2, 2, 3, 3]
+    assert set(given_back) == {torch.device("cpu")}
 
 
 def test_source_lines_that_capture_reads_are_forgotten():

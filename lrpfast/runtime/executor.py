@@ -23,7 +23,7 @@ from lrpfast.ops import native, reference
 from lrpfast.relevance import Joint
 from lrpfast.runtime.convolutions import Convolutions
 from lrpfast.runtime.lower import Lowering
-from lrpfast.runtime.memory import keep_freed_memory
+from lrpfast.runtime.memory import give_back_free_memory, keep_freed_memory
 from lrpfast.runtime.samples import samples_meet
 from lrpfast.runtime.step import Step
 from lrpfast.runtime.tune import Tuner
@@ -80,6 +80,7 @@ class Executor:
         keep = set(self._results)
         if repeated:
             keep |= _used_by(segments["seeded"]) - set(segments["seeded"])
+        self._device = self._inputs[0].meta["val"].device
         on_cpu = all(i.meta["val"].device.type == "cpu" for i in self._inputs)
         if on_cpu:
             keep_freed_memory()
@@ -95,6 +96,7 @@ class Executor:
         self._function: Callable[..., Run] = scope["run"]
         self.samples_are_separate = not samples_meet(joint)
         in_parts = on_cpu and self.samples_are_separate
+        self._settled: set[int] = set()
         self._part = max(1, _PART_BYTES // max(1, _bytes_a_sample(lowering, steps))) if in_parts else None
 
     def chunks(self, batch: int) -> list[tuple[int, int]]:
@@ -106,6 +108,13 @@ class Executor:
     def start(self, *inputs: torch.Tensor) -> Run:
         """Begin a run: `next` gives the output; `send(target)` then gives the relevances, once for each target."""
         return self._function(*inputs)
+
+    def settle(self, batch: int) -> None:
+        """After a run. The first of a size leaves what kernels keep for that size between its values' memory, and the next run then
+        finds no room there for its largest ones; given back, that room is not in memory beside what they take instead."""
+        if batch not in self._settled:
+            self._settled.add(batch)
+            give_back_free_memory(self._device)
 
 
 def _lowering(
