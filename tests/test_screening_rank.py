@@ -171,6 +171,14 @@ class TestGroups:
             4 / 3 * few * math.sqrt(in_region * np.median(group.score[:2])), rel=1e-5
         )
 
+    def test_distances_by_features_are_brought_to_the_scale_of_maps(self):
+        points = np.array([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.3, 0.7], [0.5, 0.5]])
+        members = np.array([[True, True, False, False, False]])
+        (by_maps,) = describe_groups(points, points, Discriminant(points), members, (1, 2))
+        (by_features,) = describe_groups(points, points, Discriminant(points), members, (1, 2), features=points)
+        assert by_features.distance == pytest.approx(1.6 * by_maps.distance)
+        np.testing.assert_array_equal(by_features.score, by_maps.score)
+
     @pytest.mark.parametrize(
         ("others", "expected"),
         [([0.0, 0.1, -0.1, 0.0, 0.1], 1 - 1 / 4), ([0.0, 0.5, -0.5, 0.4, 0.0], 1 - 3 / 4), ([0.0, 0.0, 0.6, 0.5, -0.4, -0.5, 0.4], 0.0)],

@@ -32,7 +32,7 @@ from lrpfast.screening.threads import one_thread
 
 _LARGE = 8192  # samples: such a class is done alone
 _GROUP = tuple(field.name for field in dataclasses.fields(Group))
-_FORMAT = 4  # of the files of classes; changed with what the analysis computes, so that old ones are made again
+_FORMAT = 5  # of the files of classes; changed with what the analysis computes, so that old ones are made again
 
 
 @dataclasses.dataclass(frozen=True)

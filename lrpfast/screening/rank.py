@@ -39,6 +39,9 @@ from lrpfast.screening.members import (
 _HALF = 8.0
 _SAME = 0.5  # groups that share so much of their members are one
 _BY_CHANCE = 2  # members: a map or two that resemble another one are in every class, and make any three far from it
+# By how much groups that chance makes of features lie nearer than those of maps: medians of classes without an artefact are 2.7 and 4.2
+# (digits), 3.4 and 6.1 (shapes; benchmarks/SCREENING.md).
+_FEATURES_NEARER = 1.6
 _FALLING = 3  # power of the distance by which a class's groups count for the score of its maps
 
 
@@ -61,7 +64,8 @@ class Group:
         How far the members are from the rest of the class, in standard deviations of the rest: the geometric mean of two
         distances of medians, of the amount of relevance in `region` (`by_features`: in the features that they have more of) and
         of `score`, times 1 to 2 by the `gap` in `score`, and times
-        k / (k + 2) for k members. What is rare in a class stands out in one of them and thins out towards the rest; an artefact
+        k / (k + 2) for k members; `by_features`, times 1.6, so that the two kinds of groups are on one scale, that of
+        maps. What is rare in a class stands out in one of them and thins out towards the rest; an artefact
         adds relevance in its place, is unlike all else, and is there or not. A few maps can be found that are far from the
         rest by chance, many cannot.
     region
@@ -186,6 +190,8 @@ def describe_groups(
     inside = in_deviations(region_share(*within), members)
     scores = in_deviations(discriminant.scores(members), members)
     near = np.sqrt(np.maximum(median_of(inside, members), 0) * np.maximum(median_of(scores, members), 0)).ravel()
+    if features is not None:
+        near *= _FEATURES_NEARER
     return [
         Group(
             members=own,
