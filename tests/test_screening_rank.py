@@ -17,11 +17,13 @@ from lrpfast.screening.analysis import Options, analyse_maps
 from lrpfast.screening.discriminant import Discriminant, amounts, blurred, carrying
 from lrpfast.screening.intervals import Estimate
 from lrpfast.screening.members import (
+    components,
     consensus_region,
     distinct,
     halves,
     in_deviations,
     outstanding,
+    parts,
     purify,
     region_share,
     sharpen,
@@ -294,14 +296,26 @@ class TestGroups:
         _, _, axes = np.linalg.svd(centred, full_matrices=False)
         along = centred @ axes[:2].T
         expected = [side * along[:, axis] > along[:, axis].std() for axis in (0, 1) for side in (1, -1)]
-        assert {row.tobytes() for row in halves(points)} == {row.tobytes() for row in expected}
+        assert {row.tobytes() for row in halves(components(points))} == {row.tobytes() for row in expected}
 
     @pytest.mark.parametrize(("samples", "told"), [(7, 0), (40, 5), (400, 16)])
     def test_few_samples_tell_few_components(self, samples, told):
         # Both sides of a component have members: these points are spread evenly.
         points = np.random.default_rng(1).uniform(-1, 1, (samples, 30))
-        assert len(halves(points)) == 2 * told
-        assert halves(np.ones((samples, 3))).shape == (0, samples)
+        assert len(halves(components(points))) == 2 * told
+        assert halves(components(np.ones((samples, 3)))).shape == (0, samples)
+
+    def test_parts_are_the_clusters_along_several_components(self):
+        # Four clumps of 15 at the corners of a square, whose sides no component separates one by one.
+        corners = np.array([[0.0, 0.0, 0.0], [8.0, 0.0, 0.0], [0.0, 8.0, 0.0], [8.0, 8.0, 0.0]])
+        clumps = np.repeat(np.arange(4), 15)
+        points = corners[clumps] + np.random.default_rng(3).normal(0, 0.2, (60, 3))
+        found = {row.tobytes() for row in parts(components(points))}
+        assert {(clumps == corner).tobytes() for corner in range(4)} <= found
+
+    @pytest.mark.parametrize("samples", [1, 7, 40])
+    def test_points_that_are_all_the_same_have_no_parts(self, samples):
+        assert parts(components(np.ones((samples, 3)))).shape == (0, samples)
 
     def test_features_that_carry(self):
         features = np.random.default_rng(0).uniform(0, 1, (50, 400)) * np.arange(400)

@@ -4,15 +4,17 @@ Two steps, both of the same form: the members say what sets them apart, and what
 takes a place, where the members look and the others do not. The second takes a linear discriminant of all
 cells (`discriminant`), and goes from what is likely a group to what is surely one.
 
-Clusters are not the only start (`outstanding`). All groups of a class are done at once, [g, n]: a class has some dozens, and one
-product of matrices is for all.
+Clusters of maps are not the only start (`outstanding`, `halves`, `parts`). All groups of a class are done at once, [g, n]: a class
+has some dozens, and one product of matrices is for all.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from sklearn.cluster import KMeans
 
 from lrpfast.screening.discriminant import Discriminant
+from lrpfast.screening.threads import one_thread
 
 SMALLEST = 3  # members: of fewer no consensus can be told
 _LARGEST = 0.95  # of the class; of what is left no spread can be told
@@ -21,6 +23,7 @@ _BLOCKS = 8
 _FARTHEST = 100.0
 _CUTS = (4.0, 3.0)  # standard deviations: the first finds small groups in large clusters, the second spread-out ones
 _COMPONENTS, _EACH = 16, 8  # principal components that groups start from, and samples for each of them at least
+_CLUSTERED, _PARTITIONS = 8, (2, 3, 4, 6, 8)  # those that classes are clustered along, and into how many parts
 _SHARE = 0.35  # of the members' median score: less is no member, however many standard deviations it is
 _SMALL, _SHARP = 0.1, 0.5  # groups of at most this part of the class are tried with this share as well
 
@@ -49,8 +52,8 @@ def outstanding(amounts: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return _proper(standard_scores(each, np.zeros(each.shape, dtype=bool)) > _CUTS[0])
 
 
-def halves(points: np.ndarray) -> np.ndarray:
-    """Groups to start from where nothing is known of places: those that lie to one side of the class along a principal component.
+def components(points: np.ndarray) -> np.ndarray:
+    """Coordinates along the largest principal components, in standard deviations.
 
     Parameters
     ----------
@@ -60,14 +63,54 @@ def halves(points: np.ndarray) -> np.ndarray:
     Returns
     -------
     numpy.ndarray
-        bool [g, n]: at least a standard deviation to either side, for as many components as n can tell, at most `_COMPONENTS`.
+        float64 [c, n], the largest component last: as many as n can tell, at most `_COMPONENTS`.
     """
     centred = points - points.mean(axis=0)
     values, vectors = np.linalg.eigh(centred.T @ centred)
     told = min(_COMPONENTS, len(points) // _EACH, int((values > values[-1:] * 1e-12).sum()))
     along = vectors[:, -told:].T @ centred.T if told else np.zeros((0, len(points)))
-    scaled = along / np.sqrt(np.maximum(values[len(values) - told :, None] / len(points), 1e-300))
-    return _proper(np.concatenate([scaled > 1, scaled < -1]))
+    return along / np.sqrt(np.maximum(values[len(values) - told :, None] / len(points), 1e-300))
+
+
+def halves(coordinates: np.ndarray) -> np.ndarray:
+    """Groups to start from where nothing is known of places: those that lie to one side of the class along a principal component.
+
+    Parameters
+    ----------
+    coordinates
+        [c, n], by `components`.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool [g, n]: at least a standard deviation to either side.
+    """
+    return _proper(np.concatenate([coordinates > 1, coordinates < -1]))
+
+
+def parts(coordinates: np.ndarray) -> np.ndarray:
+    """More groups to start from: clusters of the class along its largest principal components together, by k-means.
+
+    What is in a third of the class lies along several components at once, and no half of one is like it.
+
+    Parameters
+    ----------
+    coordinates
+        [c, n], by `components`.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool [g, n], the clusters of several partitions.
+    """
+    rows = coordinates[-_CLUSTERED:].T
+    different = len(np.unique(rows, axis=0)) if rows.size else 0
+    found = [np.zeros((0, len(rows)), dtype=bool)]
+    with one_thread():
+        for count in (k for k in _PARTITIONS if k <= different):
+            labels = KMeans(count, n_init=2, random_state=0).fit_predict(rows)
+            found.append(labels == np.arange(count)[:, None])
+    return _proper(np.concatenate(found))
 
 
 def sharpen(points: np.ndarray, members: np.ndarray) -> np.ndarray:

@@ -24,12 +24,14 @@ import numpy as np
 from lrpfast.screening.discriminant import Discriminant, precision
 from lrpfast.screening.members import (
     SMALLEST,
+    components,
     distinct,
     excess,
     halves,
     in_deviations,
     median_of,
     outstanding,
+    parts,
     purify,
     region_share,
     regions,
@@ -165,7 +167,8 @@ def _groups_by_features(
     points: np.ndarray, amounts: np.ndarray, features: np.ndarray, size: tuple[int, int]
 ) -> list[Group]:
     discriminant = Discriminant(features)
-    found = purify(discriminant, halves(features))
+    coordinates = components(features)
+    found = purify(discriminant, distinct(np.concatenate([halves(coordinates), parts(coordinates)])))
     return describe_groups(points, amounts, discriminant, found, size, features.astype(points.dtype, copy=False))
 
 
