@@ -317,6 +317,16 @@ class TestGroups:
     def test_points_that_are_all_the_same_have_no_parts(self, samples):
         assert parts(components(np.ones((samples, 3)))).shape == (0, samples)
 
+    @pytest.mark.filterwarnings("error")
+    def test_samples_that_are_there_many_times_have_parts(self):
+        # Three kinds of samples, and equal ones differ by rounding: into no more than three parts.
+        kinds = np.repeat(np.arange(3), 20)
+        features = np.random.default_rng(5).normal(size=(3, 256))[kinds]
+        coordinates = components(features) * (1 + 1e-13 * np.arange(60))
+        found = {row.tobytes() for row in parts(coordinates)}
+        assert found >= {(kinds == kind).tobytes() for kind in range(3)}
+        assert len(found) <= 2 + 3
+
     def test_features_that_carry(self):
         features = np.random.default_rng(0).uniform(0, 1, (50, 400)) * np.arange(400)
         found = carrying(features)

@@ -104,7 +104,8 @@ def parts(coordinates: np.ndarray) -> np.ndarray:
         bool [g, n], the clusters of several partitions.
     """
     rows = coordinates[-_CLUSTERED:].T
-    different = len(np.unique(rows, axis=0)) if rows.size else 0
+    # Those of equal samples are equal up to rounding; k-means warns of fewer distinct points than clusters.
+    different = len(np.unique(np.round(rows, 9), axis=0)) if rows.size else 0
     found = [np.zeros((0, len(rows)), dtype=bool)]
     with one_thread():
         for count in (k for k in _PARTITIONS if k <= different):
