@@ -3,7 +3,8 @@
 The values of an explanation are tens of megabytes each. glibc gives memory of this size back to the system when it is freed;
 every later call then asks for it anew, page by page, each page zeroed by the kernel first: 10 to 40% of an explanation's time.
 So its two thresholds are raised, once, when the first program for a CPU is built. The peak is what it was; what is freed after
-it stays with the process, for whatever allocates next. LRPFAST_KEEP_MEMORY=0 leaves the allocator alone.
+it stays with the process, for whatever allocates next, but for the first run of a size (`Executor.settle`). LRPFAST_KEEP_MEMORY=0
+leaves the allocator alone.
 
 While a program is made it is the other way round: what its weights are derived through is freed at once, in pieces that nothing will
 ask for again, and would stand between the values of explanations. There each large piece is taken from the system and given back.
