@@ -313,6 +313,16 @@ class TestGroups:
         found = {row.tobytes() for row in parts(components(points))}
         assert {(clumps == corner).tobytes() for corner in range(4)} <= found
 
+    def test_each_of_six_kinds_of_features_is_found(self):
+        # From halves of components alone, four are.
+        rng = np.random.default_rng(5)
+        kinds = np.arange(120) % 6
+        features = rng.normal(0, 3, (6, 12))[kinds] + rng.normal(0, 0.5, (120, 12))
+        maps = np.abs(rng.normal(size=(120, 16)))
+        found = suspicious_groups(maps, maps, maps, [np.zeros(120, int)], (4, 4), most=100, features=features)
+        told = {group.members.tobytes() for group in found if group.by_features}
+        assert told >= {(kinds == kind).tobytes() for kind in range(6)}
+
     @pytest.mark.parametrize("samples", [1, 7, 40])
     def test_points_that_are_all_the_same_have_no_parts(self, samples):
         assert parts(components(np.ones((samples, 3)))).shape == (0, samples)
