@@ -255,6 +255,13 @@ class TestArchives:
         assert len(open_source(tmp_path, PREPROCESSING, Model(CLASSES, 3))) == 4  # a folder of archives
         assert len(open_source(str(tmp_path / "a-0[0].tar"), PREPROCESSING, Model(CLASSES, 3))) == 3
 
+    def test_hidden_members_are_no_samples_and_endings_have_any_case(self, tmp_path):
+        members = [("sub/A.PNG", png(0)), ("sub/A.CLS", b"2"), ("sub/a.png", png(1)), ("sub/a.cls", b"1")]
+        hidden = [("sub/._A.PNG", b"\0\5\x16\7"), ("sub/._A.CLS", b"\0\5\x16\7"), (".x.png", png(3))]
+        source = open_source(tar(tmp_path / "a.tar", hidden + members), PREPROCESSING, Model(CLASSES, 3))
+        found = [(os.path.basename(record.path), record.label) for record in map(source.record, range(len(source)))]
+        assert found == [("A.PNG", 2), ("a.png", 1)]
+
     def test_labels_that_are_none_or_of_two_kinds(self, tmp_path):
         labels = {"a": b'{"label": 2.0}', "b": b'{"label": null}', "c": b'{"cls": -1}'}
         members = [part for n, label in labels.items() for part in ((f"{n}.png", png(0)), (f"{n}.json", label))]

@@ -229,9 +229,12 @@ def _members(archive: str) -> Iterator[_Member]:
                 if not info.isfile():
                     continue
                 folder, _, base = info.name.rpartition("/")
-                stem, _, suffix = base.partition(".")
+                stem, _, ending = base.partition(".")
+                if not stem:
+                    continue  # ".name" is no sample's, as in WebDataset; macOS writes such beside each file
+                suffix = ending.lower()
                 key = f"{folder}/{stem}" if folder else stem
-                if f".{suffix.rpartition('.')[2].lower()}" in SUFFIXES:
+                if f".{suffix.rpartition('.')[2]}" in SUFFIXES:
                     groups.setdefault(key, _Member(f"{archive}::{info.name}", info.offset_data, info.size))
                 elif suffix in ("cls", "json"):
                     content = _content(file, info, length)
