@@ -4,10 +4,10 @@
     python -m benchmarks.clever_hans table results/ [--offset N]
 
 A run draws images (`clever_hans_data`), trains a small network on them, explains its training images, and screens them with each method
-in the same way: cluster each class, try the most suspicious clusters on the model, rank the classes by verified effect. The methods differ
-in what is clustered. Two questions are kept apart: whether the artefact is in an image (known to the pixel), and whether the
-model uses it, which is measured by drawing it into images of the other classes: used, where that moves at least
-a tenth of them to the class.
+in the same way: cluster each class, try the most suspicious clusters on the model, rank the classes as `lrpfast screen` does. The
+methods differ in what is clustered. Two questions are kept apart: whether the artefact is in an image (known to the pixel), and
+whether the model uses it, which is measured by drawing it into images of the other classes: used, where that moves at
+least a tenth of them to the class.
 
 The method's constants were chosen on the tuning set alone: other seeds, other artefacts. What is reported is
 the reported set.
@@ -305,7 +305,7 @@ def _screen(
 
 def _score(run: Run, data: Data, found: dict[int, list[Found]]) -> dict[str, object]:
     """What the table needs, of one method in one run."""
-    nothing = (False, 0.0, -1.0)
+    nothing = (False, -1.0)
     best = {label: strength(one[0].group.distance, one[0].effect) if one else nothing for label, one in found.items()}
     order = sorted(best, key=lambda label: best[label], reverse=True)
     out: dict[str, object] = {

@@ -12,7 +12,7 @@ from sklearn.covariance import ledoit_wolf
 from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 
-from lrpfast.screening import discriminant, intervals, trial
+from lrpfast.screening import discriminant, findings, intervals, trial
 from lrpfast.screening.analysis import Options, analyse_maps
 from lrpfast.screening.discriminant import Discriminant, amounts, blurred, carrying
 from lrpfast.screening.intervals import Estimate
@@ -42,6 +42,22 @@ def planted(samples: int = 100, tagged: int = 8, side: int = 8, seed: int = 0) -
         maps[index, row : row + 3, column : column + 3] += 1
     maps[:tagged, :2, :2] += 6
     return maps
+
+
+def effect(low: float) -> trial.Effect:
+    """An effect that moves at least `low`."""
+    any_ = Estimate(0.5, 0.5, 0.5)
+    return trial.Effect(any_, any_, any_, any_, any_, Estimate(low + 0.1, low, low + 0.2), 24, 192)
+
+
+class TestOrderOfFindings:
+    def test_verified_ones_by_distance_and_effect_the_others_by_distance(self):
+        # The products of distance and the root of the effect are 27.4, 7.2, 6.9, 2.7 for the four that are verified.
+        expected = [(86.6, 0.1), (11.4, 0.4), (23.0, 0.09), (11.1, 0.06), (50.0, 0.04), (10.9, 0.9), (3.0, -0.2)]
+        found = sorted(reversed(expected), key=lambda one: findings.strength(one[0], effect(one[1])), reverse=True)
+        assert found == expected
+        assert findings.strength(64.0, effect(0.25)) == (True, 32.0)
+        assert findings.strength(7.5, effect(0.25)) == (False, 7.5)
 
 
 class TestConcentration:

@@ -1,10 +1,11 @@
-"""What a screening found: groups of samples with what the model did in the trial, the largest verified effect first.
+"""What a screening found: groups of samples with what the model did in the trial, the most certain verified effect first.
 
 A finding is flagged where two things hold: its members lie far from the rest of their class, further than two
 ways of drawing an object do, and pasting surely moves predictions. Either alone is not enough: an object's own parts move
-predictions too, and a rare mode of a class that decides nothing lies far away. Flagged findings come first, by the
-lower end of the effect's interval, so that an effect seen in few trials does not stand before a smaller one that is
-certain; the others follow by distance, as what is most worth a look.
+predictions too, and a rare mode of a class that decides nothing lies far away. So flagged findings, which come first, are ordered by
+both: distance times the square root of the lower end of the effect's interval. An effect seen in few trials does not stand
+before a smaller one that is certain, nor a group that chance may just have made before one far beyond it. The others
+follow by distance, as what is most worth a look.
 
 `findings.json` holds everything, `findings.csv` one row a finding for a spreadsheet.
 """
@@ -80,10 +81,10 @@ def is_flagged(distance: float, effect: Effect) -> bool:
     return distance >= FLAG_DISTANCE and effect.moved.low > FLAG_EFFECT
 
 
-def strength(distance: float, effect: Effect) -> tuple[bool, float, float]:
+def strength(distance: float, effect: Effect) -> tuple[bool, float]:
     """What findings are ordered by, larger first."""
     flagged = is_flagged(distance, effect)
-    return (flagged, effect.moved.low if flagged else 0.0, distance)
+    return (flagged, distance * math.sqrt(effect.moved.low) if flagged else distance)
 
 
 def write(folder: str | os.PathLike[str], manifest: Manifest, shards: str, found: list[Finding], classes: int) -> None:

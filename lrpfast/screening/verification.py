@@ -58,7 +58,7 @@ def verify(
     Returns
     -------
     list of Finding
-        The largest verified effect first.
+        In their order of `findings.strength`.
 
     Raises
     ------
