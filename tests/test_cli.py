@@ -532,7 +532,8 @@ class TestProcess:
     def run(self, *arguments, **options):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
         command = [sys.executable, "-m", "lrpfast", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+        return subprocess.run(command, text=True, env=environment, **streams)
 
     @pytest.mark.slow
     def test_explain(self, folder):
@@ -581,6 +582,15 @@ class TestProcess:
         done = self.run("plan", "--model", "absent_module:make", cwd=folder)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
         assert done.stderr.startswith("lrpfast: error: absent_module:make: ")
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is always full")
+    def test_stdout_on_a_full_disk(self):
+        with open("/dev/full", "w") as full:
+            done = self.run("info", stdout=full)
+        assert (done.returncode, done.stderr) == (
+            2,
+            "lrpfast: error: the output cannot be written: No space left on device\n",
+        )
 
     def test_help_and_usage_errors_do_not_import_torch(self, folder):
         commands = [["--help"], ["explain", "--help"], ["--version"], ["explain"]]

@@ -5,6 +5,7 @@ Results go to stdout, everything else (warnings, errors, progress) to stderr.
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ class _Group(click.Group):
         except KeyboardInterrupt:
             click.echo("lrpfast: interrupted; every file written so far is complete", err=True)
             ctx.exit(130)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            click.echo(f"lrpfast: error: the output cannot be written: {error.strerror}", err=True)
+            ctx.exit(2)
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
