@@ -33,7 +33,7 @@ from lrpfast.explanation import FEATURES
 from lrpfast.files import make_folder, replacing
 from lrpfast.screening import discriminant, intervals
 from lrpfast.screening.analysis import analyse_maps, analyse_points
-from lrpfast.screening.findings import is_flagged, strength
+from lrpfast.screening.findings import flag_distance, is_flagged, strength
 from lrpfast.screening.graph import normalise_maps
 from lrpfast.screening.rank import Group, class_score
 from lrpfast.screening.trial import Effect, try_region
@@ -199,7 +199,7 @@ def screen_class(
     others: Tensor,
     features: np.ndarray | None = None,
 ) -> list[Found]:
-    """Cluster the images of a class and try the most suspicious clusters; the best first.
+    """Cluster the images of a class and try the most suspicious clusters.
 
     `points` [n, ...] are clustered, and members told by them. `maps` [n, CELLS, CELLS] say where; None: the points are the maps,
     beside which members may be told by `features` [n, C].
@@ -218,7 +218,7 @@ def screen_class(
         rest = rng.permutation(rest)[:_RECIPIENTS]
         chosen = torch.from_numpy(own[members]), torch.from_numpy(own[rest])
         found.append(Found(group, try_region(model, group.region, label, *chosen, others)))
-    return sorted(found, key=lambda one: strength(one.group.distance, one.effect), reverse=True)
+    return found
 
 
 def blurred_channels(images: np.ndarray) -> np.ndarray:
@@ -305,12 +305,16 @@ def _screen(
 
 def _score(run: Run, data: Data, found: dict[int, list[Found]]) -> dict[str, object]:
     """What the table needs, of one method in one run."""
-    nothing = (False, -1.0)
-    best = {label: strength(one[0].group.distance, one[0].effect) if one else nothing for label, one in found.items()}
+    limit = flag_distance([max(one.group.distance for one in own) for own in found.values() if own])
+    best = {
+        label: max((strength(one.group.distance, one.effect, limit) for one in own), default=(False, -1.0))
+        for label, own in found.items()
+    }
     order = sorted(best, key=lambda label: best[label], reverse=True)
     out: dict[str, object] = {
+        "limit": limit,
         "flagged": [label for label in order if best[label][0]],
-        "candidates": {label: [_candidate(one) for one in list_] for label, list_ in found.items()},
+        "candidates": {label: [_candidate(one, limit) for one in own] for label, own in found.items()},
     }
     if run.kind not in ("clean", "modes", "everywhere"):
         planted = data.planted[data.labels == run.target]
@@ -322,7 +326,7 @@ def _score(run: Run, data: Data, found: dict[int, list[Found]]) -> dict[str, obj
     return out
 
 
-def _candidate(one: Found) -> dict[str, float]:
+def _candidate(one: Found, limit: float) -> dict[str, float]:
     return {
         "size": one.group.size,
         "cells": int(one.group.region.sum()),
@@ -332,7 +336,7 @@ def _candidate(one: Found) -> dict[str, float]:
         "moved_low": one.effect.moved.low,
         "control": one.effect.control.value,
         "occlusion_low": one.effect.occlusion.low,
-        "flagged": is_flagged(one.group.distance, one.effect),
+        "flagged": is_flagged(one.group.distance, one.effect, limit),
     }
 
 

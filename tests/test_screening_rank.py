@@ -50,14 +50,32 @@ def effect(low: float) -> trial.Effect:
     return trial.Effect(any_, any_, any_, any_, any_, Estimate(low + 0.1, low, low + 0.2), 24, 192)
 
 
-class TestOrderOfFindings:
+def finding(label: int, distance: float, low: float) -> findings.Finding:
+    """A finding of a group at this distance that moves at least `low`."""
+    group = Group(np.ones(3, bool), 0.5, 0.5, 0.5, distance, np.ones((2, 2), bool), np.zeros((2, 2)), np.zeros(3))
+    return findings.Finding(label, 0, group, effect(low), np.arange(3), ["a", "b", "c"])
+
+
+class TestRankedFindings:
     def test_verified_ones_by_distance_and_effect_the_others_by_distance(self):
-        # The products of distance and the root of the effect are 27.4, 7.2, 6.9, 2.7 for the four that are verified.
-        expected = [(86.6, 0.1), (11.4, 0.4), (23.0, 0.09), (11.1, 0.06), (50.0, 0.04), (10.9, 0.9), (3.0, -0.2)]
-        found = sorted(reversed(expected), key=lambda one: findings.strength(one[0], effect(one[1])), reverse=True)
-        assert found == expected
-        assert findings.strength(64.0, effect(0.25)) == (True, 32.0)
-        assert findings.strength(7.5, effect(0.25)) == (False, 7.5)
+        # Distance times the root of the effect is 27.4, 8.5, 6.9, 3.2 for the four that are verified.
+        expected = [(86.6, 0.1), (13.4, 0.4), (23.0, 0.09), (13.0, 0.06), (50.0, 0.04), (12.9, 0.9), (3.0, -0.2)]
+        found, limit = findings.ranked([finding(index, *one) for index, one in enumerate(reversed(expected))])
+        assert [(one.group.distance, one.effect.moved.low) for one in found] == expected
+        assert [one.flagged for one in found] == [True] * 4 + [False] * 3
+        assert limit == 13.0  # of seven classes no median is taken
+
+    def test_a_flag_begins_at_twice_the_distance_of_the_median_class(self):
+        # The farthest of each class: 3, 4, 4, 4.2, 4.4, 5, 9, 9.3; in the middle 4.3. Nearer groups do not count.
+        farthest = [9.3, 4.0, 4.2, 3.0, 9.0, 4.4, 5.0, 4.0]
+        found = [finding(label, distance, 0.2) for label, far in enumerate(farthest) for distance in (1.0, far)]
+        found, limit = findings.ranked([*found, finding(0, 8.7, 0.05)])
+        assert limit == 8.6
+        assert [(one.label, one.group.distance) for one in found if one.flagged] == [(0, 9.3), (4, 9.0)]
+        assert found[2].group.distance == 8.7 and not found[2].flagged
+
+    def test_nothing_found(self):
+        assert findings.ranked([]) == ([], 13.0)
 
 
 class TestConcentration:

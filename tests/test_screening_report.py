@@ -235,7 +235,7 @@ class TestPage:
         text = " ".join(Reader(report.write_report(copy, Planted()).read_text(encoding="utf-8")).text)
         text = " ".join(text.split())
         assert (
-            "None is both far from the rest of its class (11 standard deviations or more) and sure to move more" in text
+            "None is both far from the rest of its class (13 standard deviations or more) and sure to move more" in text
         )
         assert f"more than 5% of other images to it when it is pasted. {said} They are listed below." in text
 

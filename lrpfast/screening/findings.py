@@ -1,7 +1,7 @@
 """What a screening found: groups of samples with what the model did in the trial, the most certain verified effect first.
 
-A finding is flagged where two things hold: its members lie far from the rest of their class, further than two
-ways of drawing an object do, and pasting surely moves predictions. Either alone is not enough: an object's own parts move
+A finding is flagged where two things hold: its members lie far from the rest of their class, twice as far as groups of
+other classes do, and pasting surely moves predictions. Either alone is not enough: an object's own parts move
 predictions too, and a rare mode of a class that decides nothing lies far away. So flagged findings, which come first, are ordered by
 both: distance times the square root of the lower end of the effect's interval. An effect seen in few trials does not stand
 before a smaller one that is certain, nor a group that chance may just have made before one far beyond it. The others
@@ -17,6 +17,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ from lrpfast.screening.rank import Group
 from lrpfast.screening.schema import ClassInfo
 from lrpfast.screening.trial import Effect
 
-# The limits of a flag, chosen on the tuning runs of benchmarks/clever_hans.py: standard deviations, and share of other images.
-FLAG_DISTANCE, FLAG_EFFECT = 11.0, 0.05
+# The limits of a flag, chosen on the tuning runs of benchmarks/clever_hans.py: times the distance of the median class's farthest group,
+# or, of fewer classes than can tell that, standard deviations; and share of other images.
+_TIMES, _ALONE, _CLASSES = 2.0, 13.0, 8
+FLAG_EFFECT = 0.05
 JSON, CSV = "findings.json", "findings.csv"
 _FORMAT = 3
 _EXAMPLES = 20
@@ -55,6 +58,8 @@ class Finding:
         int64 [n], all samples of the class, in the order of `group.members`.
     paths
         n strings.
+    flagged
+        Whether it is a finding to act on, which `ranked` tells.
     """
 
     label: int
@@ -63,11 +68,7 @@ class Finding:
     effect: Effect
     sample: np.ndarray
     paths: list[str]
-
-    @property
-    def flagged(self) -> bool:
-        """Whether the effect is verified."""
-        return is_flagged(self.group.distance, self.effect)
+    flagged: bool = False
 
     @property
     def typical(self) -> np.ndarray:
@@ -76,19 +77,50 @@ class Finding:
         return members[np.argsort(-self.group.score[members], kind="stable")]
 
 
-def is_flagged(distance: float, effect: Effect) -> bool:
-    """Whether a group at this distance, with this effect, is a finding to act on."""
-    return distance >= FLAG_DISTANCE and effect.moved.low > FLAG_EFFECT
+def flag_distance(farthest: Sequence[float]) -> float:
+    """From what distance on a group can be flagged.
+
+    How far a group by chance lies from its class depends on the images: a few drawings that are alike lie farther than any digits do.
+    Most classes have no artefact, so that the median class tells it, where there are eight or more.
+
+    Parameters
+    ----------
+    farthest
+        Of each class with groups the distance of the farthest one.
+
+    Returns
+    -------
+    float
+        Standard deviations, to one decimal.
+    """
+    return round(_TIMES * float(np.median(farthest)), 1) if len(farthest) >= _CLASSES else _ALONE
 
 
-def strength(distance: float, effect: Effect) -> tuple[bool, float]:
+def is_flagged(distance: float, effect: Effect, limit: float) -> bool:
+    """Whether a group at this distance, with this effect, is a finding to act on; `limit` is `flag_distance` of the screening."""
+    return distance >= limit and effect.moved.low > FLAG_EFFECT
+
+
+def strength(distance: float, effect: Effect, limit: float) -> tuple[bool, float]:
     """What findings are ordered by, larger first."""
-    flagged = is_flagged(distance, effect)
+    flagged = is_flagged(distance, effect, limit)
     return (flagged, distance * math.sqrt(effect.moved.low) if flagged else distance)
 
 
-def write(folder: str | os.PathLike[str], manifest: Manifest, shards: str, found: list[Finding], classes: int) -> None:
-    """Write findings.json and findings.csv of `found`, in their order; `classes` were analysed, of shards of that identity.
+def ranked(found: Sequence[Finding]) -> tuple[list[Finding], float]:
+    """The findings of all classes, flagged and in their order, and the `flag_distance` of them."""
+    farthest: dict[int, float] = {}
+    for one in found:
+        farthest[one.label] = max(one.group.distance, farthest.get(one.label, 0.0))
+    limit = flag_distance([*farthest.values()])
+    told = [dataclasses.replace(one, flagged=is_flagged(one.group.distance, one.effect, limit)) for one in found]
+    return sorted(told, key=lambda one: strength(one.group.distance, one.effect, limit), reverse=True), limit
+
+
+def write(
+    folder: str | os.PathLike[str], manifest: Manifest, shards: str, found: list[Finding], classes: int, limit: float
+) -> None:
+    """Write findings.json and findings.csv of what `ranked` gave; `classes` were analysed, of shards of that identity.
 
     Raises
     ------
@@ -105,7 +137,7 @@ def write(folder: str | os.PathLike[str], manifest: Manifest, shards: str, found
         "settings": manifest.settings,
         "samples": manifest.samples,
         "classes_analysed": classes,
-        "flag": {"distance": FLAG_DISTANCE, "effect": FLAG_EFFECT},
+        "flag": {"distance": limit, "effect": FLAG_EFFECT},
         "findings": entries,
     }
     with replacing(Path(folder, JSON)) as temporary:

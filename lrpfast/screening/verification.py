@@ -58,7 +58,7 @@ def verify(
     Returns
     -------
     list of Finding
-        In their order of `findings.strength`.
+        Of all classes, in their order: `findings.ranked`.
 
     Raises
     ------
@@ -81,8 +81,8 @@ def verify(
             found += _verify_class(store, source, model, label, candidates)
             if progress is not None:
                 progress(done, len(labels))
-        found.sort(key=lambda one: findings.strength(one.group.distance, one.effect), reverse=True)
-        findings.write(folder, store.manifest, store.identity, found, len(labels))
+        found, limit = findings.ranked(found)
+        findings.write(folder, store.manifest, store.identity, found, len(labels), limit)
         return found
 
 
