@@ -74,6 +74,12 @@ class TestRankedFindings:
         assert [(one.label, one.group.distance) for one in found if one.flagged] == [(0, 9.3), (4, 9.0)]
         assert found[2].group.distance == 8.7 and not found[2].flagged
 
+    def test_where_no_class_has_a_group_that_is_far_a_flag_begins_at_eight(self):
+        found, limit = findings.ranked(
+            [finding(label, distance, 0.5) for label, distance in enumerate([0.0] * 8 + [7.9])]
+        )
+        assert limit == 8.0 and not any(one.flagged for one in found)
+
     def test_nothing_found(self):
         assert findings.ranked([]) == ([], 13.0)
 

@@ -32,8 +32,9 @@ from lrpfast.screening.schema import ClassInfo
 from lrpfast.screening.trial import Effect
 
 # The limits of a flag, chosen on the tuning runs of benchmarks/clever_hans.py: times the distance of the median class's farthest group,
-# or, of fewer classes than can tell that, standard deviations; and share of other images.
-_TIMES, _ALONE, _CLASSES = 2.0, 13.0, 8
+# or, of fewer classes than can tell that, standard deviations; and share of other images. The least limit, below that of any of
+# those runs, is for classes of a few images, which have no group that is far.
+_TIMES, _LEAST, _ALONE, _CLASSES = 2.0, 8.0, 13.0, 8
 FLAG_EFFECT = 0.05
 JSON, CSV = "findings.json", "findings.csv"
 _FORMAT = 3
@@ -91,9 +92,9 @@ def flag_distance(farthest: Sequence[float]) -> float:
     Returns
     -------
     float
-        Standard deviations, to one decimal.
+        Standard deviations, to one decimal: twice the median, at least 8.
     """
-    return round(_TIMES * float(np.median(farthest)), 1) if len(farthest) >= _CLASSES else _ALONE
+    return round(max(_LEAST, _TIMES * float(np.median(farthest))), 1) if len(farthest) >= _CLASSES else _ALONE
 
 
 def is_flagged(distance: float, effect: Effect, limit: float) -> bool:
