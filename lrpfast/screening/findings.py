@@ -1,7 +1,7 @@
 """What a screening found: groups of samples with what the model did in the trial, the most certain verified effect first.
 
-A finding is flagged where two things hold: its members lie far from the rest of their class, twice as far as groups of
-other classes do, and pasting surely moves predictions. Either alone is not enough: an object's own parts move
+A finding is flagged where two things hold: its members lie far from the rest of their class, twice as far as the
+farthest groups of most classes do, and pasting surely moves predictions. Either alone is not enough: an object's own parts move
 predictions too, and a rare mode of a class that decides nothing lies far away. So flagged findings, which come first, are ordered by
 both: distance times the square root of the lower end of the effect's interval. An effect seen in few trials does not stand
 before a smaller one that is certain, nor a group that chance may just have made before one far beyond it. The others
@@ -114,8 +114,8 @@ def ranked(found: Sequence[Finding]) -> tuple[list[Finding], float]:
     for one in found:
         farthest[one.label] = max(one.group.distance, farthest.get(one.label, 0.0))
     limit = flag_distance([*farthest.values()])
-    told = [dataclasses.replace(one, flagged=is_flagged(one.group.distance, one.effect, limit)) for one in found]
-    return sorted(told, key=lambda one: strength(one.group.distance, one.effect, limit), reverse=True), limit
+    order = sorted(found, key=lambda one: strength(one.group.distance, one.effect, limit), reverse=True)
+    return [dataclasses.replace(one, flagged=is_flagged(one.group.distance, one.effect, limit)) for one in order], limit
 
 
 def write(

@@ -131,7 +131,7 @@ def list_archives(pattern: str, model: Model) -> Listing:
     ----------
     pattern
         An archive, a folder of them, or a name with braces and wild cards: ``train-{000..146}.tar``. The label may also stand in
-        ``.json``, under "label" or "cls".
+        ``.json``, under "label" or "cls". Members whose name begins with a dot are left out.
 
     Raises
     ------
